@@ -1,0 +1,1 @@
+"""Group Relative Policy Optimisation for language models with verifiable rewards."""

@@ -1,0 +1,183 @@
+"""The built-in model: a tiny Qwen2 with a character tokenizer, made on the spot by a supervised warm-up.
+
+What it is for: the whole pipeline can run, learn and be tested where no model can be downloaded. The warm-up's
+demonstrations are of mixed quality: every one computes correctly, but nine in ten take the two operators of the
+expression in the wrong order. The model so learns to write and to compute, and mostly the wrong procedure; GRPO, from
+rewards alone, makes it choose the right one. It shows that the pipeline optimises what the reward asks for; it says
+nothing about how large language models reason.
+"""
+
+import hashlib
+import os
+import random
+import shutil
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from grpo.errors import ConfigError
+from grpo.tasks.arithmetic import OPERATIONS, Expression, question, split_expressions
+
+NAME = "builtin/arithmetic"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything the made model depends on; its hash names the cache entry."""
+
+    seed: int = 0
+    steps: int = 600
+    batch_size: int = 64
+    lr: float = 3e-3
+    right_share: float = 0.1  # of the demonstrations that take the operators in the right order
+    hidden_size: int = 128
+    layers: int = 2
+    heads: int = 4
+    kv_heads: int = 2
+    feed_forward: int = 384
+    version: int = 1  # raise it when the code below changes what is made
+
+
+# A system message has no place in the template: the model knows one task only.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}"
+    "<|{{ message['role'] }}|>{{ message['content'] }}<|end|>"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character, and one each for the answer tags."""
+    special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<unk>"]
+    characters = list("0123456789+-*()=;? .,Wabcdefghijklmnopqrstuvwxyz")
+    tokenizer = Tokenizer(
+        models.WordLevel({token: i for i, token in enumerate(special + characters)}, unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in ("<answer>", "</answer>")])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        eos_token="<|end|>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> Qwen2ForCausalLM:
+    """The model with random weights. Its vocabulary is the tokenizer's: a padding row could be sampled."""
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.hidden_size,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.kv_heads,
+        intermediate_size=recipe.feed_forward,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        initializer_range=0.05,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    return Qwen2ForCausalLM(config).float()
+
+
+def demonstration(expression: Expression, right: bool) -> str:
+    """The scratchpad and answer that work out `expression`, or the same with its two operators swapped."""
+    a, first, b, second, c = expression
+    if not right:
+        first, second = second, first
+    between = OPERATIONS[first](a, b)
+    result = OPERATIONS[second](between, c)
+    return f"{a}{first}{b}={between};{between}{second}{c}={result}<answer>{result}</answer>"
+
+
+def supervise(
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    expressions: list[Expression],
+    recipe: Recipe,
+    log=print,
+) -> None:
+    """Train `model` in place on demonstrations drawn anew for each batch."""
+    rng = random.Random(recipe.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=0.0, betas=(0.9, 0.95))
+
+    def encode(expression: Expression, right: bool) -> tuple[list[int], int]:
+        messages = [{"role": "user", "content": question(expression)}]
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        response = tokenizer(demonstration(expression, right), add_special_tokens=False)["input_ids"]
+        return prompt + response + [tokenizer.eos_token_id], len(prompt)
+
+    encoded = {(e, right): encode(e, right) for e in expressions for right in (True, False)}
+    order: list[Expression] = []
+    start = time.perf_counter()
+    model.train()
+    for step in range(1, recipe.steps + 1):
+        while len(order) < recipe.batch_size:
+            order += rng.sample(expressions, len(expressions))
+        batch, order = order[: recipe.batch_size], order[recipe.batch_size :]
+        rows = [encoded[e, rng.random() < recipe.right_share] for e in batch]
+        width = max(len(tokens) for tokens, _ in rows)
+        tokens = torch.full((len(rows), width), tokenizer.pad_token_id)
+        labels = torch.full((len(rows), width), -100)
+        for i, (row, prompt_length) in enumerate(rows):
+            tokens[i, : len(row)] = torch.tensor(row)
+            labels[i, prompt_length : len(row)] = tokens[i, prompt_length : len(row)]
+        logits = model(input_ids=tokens).logits
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.lr * min(1, step / 20) * max(0.02, 1 - step / recipe.steps)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 100 == 0:
+            log(f"  warm-up step {step}/{recipe.steps}  loss {loss.item():.3f}  {time.perf_counter() - start:.0f} s")
+    model.eval()
+
+
+def make(path: Path, recipe: Recipe, log=print) -> None:
+    """Write the warmed-up model and its tokenizer to `path`, whole or not at all."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        tokenizer = make_tokenizer()
+        model = make_model(tokenizer, recipe)
+        supervise(model, tokenizer, split_expressions()["warm_up"], recipe, log)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f"{path.name}.", dir=path.parent))
+    try:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        os.rename(unfinished, path)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def resolve(name: str, cache_dir: str, log=print) -> str:
+    """The path or hub name that transformers loads for `model.name`; makes a built-in model on its first use."""
+    if not name.startswith("builtin/"):
+        return name
+    if name != NAME:
+        raise ConfigError(f"model.name ({name}): the only built-in model is {NAME}")
+    recipe = Recipe()
+    digest = hashlib.sha256(repr(sorted(asdict(recipe).items())).encode()).hexdigest()[:12]
+    path = Path(cache_dir).absolute() / f"arithmetic-{digest}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if not path.is_dir():
+            log(f"Making {NAME}: a supervised warm-up on demonstrations of mixed quality, kept in {cache_dir}")
+            make(path, recipe, log)
+    return str(path)

@@ -1,0 +1,368 @@
+"""All configuration dataclasses and every check of them.
+
+Hydra composes `config/*.yaml` onto these dataclasses, `from_dictconfig` turns the result into objects once, and no
+DictConfig goes past it. Ranges of one key are checked in its dataclass, rules across keys in `RunConfig`; what needs the
+machine (GPUs, model directories, memory) is checked in `grpo.plan`. Nothing here imports torch, so a wrong key is
+answered at once.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from grpo.errors import ConfigError, one_line
+
+# Keys of older documents, and what they are called here.
+RENAMED = {
+    "policy.kl_coef": "train.kl_to_ref_coeff",
+    "env.batch_size": "env.num_envs",
+    "env.group_size": "env.repeats",
+    "train.num_generations": "env.repeats",
+    "train.beta": "train.kl_to_ref_coeff",
+    "train.learning_rate": "optimizer.lr",
+}
+
+
+def _check(rule_holds: bool, key: str, value: Any, rule: str) -> None:
+    if not rule_holds:
+        raise ConfigError(f"{key} ({value}) {rule}")
+
+
+def _at_least(section: str, config: Any, minimum: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _check(math.isfinite(value) and value >= minimum, f"{section}.{name}", value, f"must be at least {minimum}")
+
+
+def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    _check(value in allowed, key, value, f"must be one of {', '.join(allowed)}")
+
+
+@dataclass
+class EnvConfig:
+    """The task: where prompts come from and how responses are scored."""
+
+    dataset: str = "gsm8k"  # a file of grpo/tasks
+    data: str | None = None  # a local JSONL or Parquet file instead of the hub's data set
+    reward_fn: str | None = None  # PATH.py:FUNCTION that replaces the task's reward
+    num_envs: int = 64  # groups in flight at an engine
+    repeats: int = 8  # group size K: responses sampled for a prompt
+    max_prompt_length: int = 256  # tokens; longer prompts are dropped and counted
+    validation_size: int = 500  # prompts held out for eval_frequency
+    test_size: int = 1000  # held-out prompts of the before/after comparison, at most
+
+    def __post_init__(self) -> None:
+        _at_least("env", self, 1, "num_envs", "max_prompt_length", "validation_size", "test_size")
+        _check(
+            self.repeats >= 2,
+            "env.repeats",
+            self.repeats,
+            "must be at least 2: advantages compare the responses of a group",
+        )
+        _check(
+            self.reward_fn is None or re.fullmatch(r".+\.py:\w+", self.reward_fn) is not None,
+            "env.reward_fn",
+            self.reward_fn,
+            "must be PATH.py:FUNCTION",
+        )
+
+
+@dataclass
+class ModelConfig:
+    """The language model that is trained: a directory in transformers format, a hub name, or builtin/arithmetic."""
+
+    name: str = "Qwen/Qwen2.5-3B-Instruct"
+    cache_dir: str = ".cache"  # where builtin models are kept once made
+
+
+@dataclass
+class TrainModelConfig:
+    """The policy being trained."""
+
+    num_devices: int = 1
+
+    def __post_init__(self) -> None:
+        _one_process("train_model", self.num_devices)
+
+
+@dataclass
+class RefModelConfig:
+    """The frozen reference."""
+
+    num_devices: int = 1
+
+    def __post_init__(self) -> None:
+        _one_process("ref_model", self.num_devices)
+
+
+@dataclass
+class InferenceModelConfig:
+    """The engine that samples responses."""
+
+    num_devices: int = 1
+    backend: str = "vllm"
+    gpu_memory_utilization: float = 0.9  # share of a GPU's memory that vLLM may take; a CPU gets what num_envs needs
+    max_tokens: int = 512  # response budget in tokens
+    temperature: float = 1.0
+    top_p: float = 1.0
+    enforce_eager: bool = False  # no compilation: starts faster; always on without a GPU
+
+    def __post_init__(self) -> None:
+        section = "inference_model"
+        _one_process(section, self.num_devices)
+        _one_of(f"{section}.backend", self.backend, ("vllm", "transformers"))
+        _at_least(section, self, 1, "max_tokens")
+        _check(self.temperature > 0, f"{section}.temperature", self.temperature, "must be above 0 to explore")
+        _check(0 < self.top_p <= 1, f"{section}.top_p", self.top_p, "must be in (0, 1]")
+        _check(
+            self.top_p == 1 or self.temperature == 1,
+            f"{section}.top_p",
+            self.top_p,
+            f"must be 1 where temperature ({self.temperature}) is not 1: the engine can then report the log-probs "
+            "that the trainer needs",
+        )
+        _check(
+            0 < self.gpu_memory_utilization <= 1,
+            f"{section}.gpu_memory_utilization",
+            self.gpu_memory_utilization,
+            "must be in (0, 1]",
+        )
+
+
+def _one_process(section: str, num_devices: int) -> None:
+    _check(num_devices == 1, f"{section}.num_devices", num_devices, "must be 1: this version runs one process a role")
+
+
+@dataclass
+class ObjectiveConfig:
+    """The loss family and what it needs; `objective=NAME` picks a file of config/objective."""
+
+    name: str = "grpo"
+    clip_low: float = 0.2  # ratio is clipped to [1 - clip_low, 1 + clip_high]
+    clip_high: float = 0.2
+
+    def __post_init__(self) -> None:
+        _one_of("objective.name", self.name, ("grpo",))
+        _check(0 < self.clip_low <= 1, "objective.clip_low", self.clip_low, "must be in (0, 1]")
+        _check(
+            self.clip_high > 0 and math.isfinite(self.clip_high),
+            "objective.clip_high",
+            self.clip_high,
+            "must be above 0",
+        )
+
+
+@dataclass
+class TrainConfig:
+    """How much is collected, how it is optimised, and how far the policy may go from its reference."""
+
+    total_dialog_turns: int = 100_000  # responses in the run
+    dialog_turns_per_batch: int = 512  # responses a collection
+    buffer_size: int | None = None  # responses the replay buffer holds; sync: one collection
+    epochs: int = 1  # times a response is trained on, at most
+    optim_batch_size: int = 512  # responses an optimiser step
+    gradient_accumulation_steps: int = 1  # micro-batches a step
+    sync_iter: bool = True  # false: collect the next batch while optimising (staleness at most 1)
+    use_kl_to_ref: bool = True  # false: no reference model at all
+    kl_to_ref_coeff: float = 0.01
+    kl_to_inference_coeff: float = 0.0
+    kl_coef_in_loss: bool = True  # false: the reference term is taken off the reward
+    entropy_coeff: float = 0.0
+    eval_frequency: int = 0  # optimiser steps between evaluations on the validation split; 0: never
+
+    def __post_init__(self) -> None:
+        counts = ("total_dialog_turns", "dialog_turns_per_batch", "epochs", "optim_batch_size")
+        _at_least("train", self, 1, *counts, "gradient_accumulation_steps")
+        _at_least("train", self, 0, "kl_to_ref_coeff", "kl_to_inference_coeff", "entropy_coeff", "eval_frequency")
+
+
+@dataclass
+class OptimizerConfig:
+    """The optimiser and its schedule: a linear ramp, then constant."""
+
+    name: str = "adamw"
+    lr: float = 1e-6
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.99)
+    warmup_steps: int = 10
+    clip_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        _one_of("optimizer.name", self.name, ("adamw", "adam", "sgd"))
+        _check(self.lr > 0 and math.isfinite(self.lr), "optimizer.lr", self.lr, "must be above 0")
+        _at_least("optimizer", self, 0, "weight_decay", "warmup_steps")
+        _check(self.clip_grad_norm > 0, "optimizer.clip_grad_norm", self.clip_grad_norm, "must be above 0")
+        for beta in self.betas:
+            _check(0 <= beta < 1, "optimizer.betas", self.betas, "must each be in [0, 1)")
+
+
+@dataclass
+class RayConfig:
+    """The cluster that hosts the actors."""
+
+    address: str = "local"  # local starts one for this run
+    temp_dir: str | None = None  # keep it short: socket paths under it have 107 characters
+    object_store_memory: int = 256 << 20  # bytes
+    start_timeout_s: float = 300.0  # until an actor has loaded its model
+    timeout_s: float = 600.0  # for any other call to an actor
+
+    def __post_init__(self) -> None:
+        _at_least("ray", self, 1, "start_timeout_s", "timeout_s")
+        _at_least("ray", self, 80 << 20, "object_store_memory")
+
+
+@dataclass
+class LoggingConfig:
+    """What is written besides metrics.jsonl, which always is."""
+
+    progress: bool = True
+    logging_frequency: int = 1  # optimiser steps between points sent to Weights & Biases and TensorBoard
+    wandb: bool = False
+    project: str = "grpo"
+    run_name: str | None = None  # the run directory's name by default
+    tensorboard: bool = False
+    rollout_tokens: bool = False  # token ids, log-probs and versions in rollouts.jsonl too
+
+    def __post_init__(self) -> None:
+        _at_least("logging", self, 1, "logging_frequency")
+
+
+@dataclass
+class RunConfig:
+    """One run: every key that a user can type."""
+
+    mode: str = "sync"
+    seed: int = 0
+    device: str = "auto"
+    dry_run: bool = False
+    env: EnvConfig = field(default_factory=EnvConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train_model: TrainModelConfig = field(default_factory=TrainModelConfig)
+    ref_model: RefModelConfig = field(default_factory=RefModelConfig)
+    inference_model: InferenceModelConfig = field(default_factory=InferenceModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        _one_of("mode", self.mode, ("sync", "async"))
+        _one_of("device", self.device, ("auto", "cpu", "cuda", "mps"))
+        _check(self.seed >= 0, "seed", self.seed, "must be at least 0")
+        train, repeats = self.train, self.env.repeats
+        for name in ("dialog_turns_per_batch", "optim_batch_size"):
+            value = getattr(train, name)
+            _check(value % repeats == 0, f"train.{name}", value, f"must be a multiple of env.repeats ({repeats})")
+        _check(
+            train.dialog_turns_per_batch % train.optim_batch_size == 0,
+            "train.dialog_turns_per_batch",
+            train.dialog_turns_per_batch,
+            f"must be a multiple of train.optim_batch_size ({train.optim_batch_size})",
+        )
+        _check(
+            train.total_dialog_turns % train.dialog_turns_per_batch == 0,
+            "train.total_dialog_turns",
+            train.total_dialog_turns,
+            f"must be a multiple of train.dialog_turns_per_batch ({train.dialog_turns_per_batch}): "
+            f"the nearest is {max(1, round(train.total_dialog_turns / train.dialog_turns_per_batch)) * train.dialog_turns_per_batch}",
+        )
+        _check(
+            train.optim_batch_size % train.gradient_accumulation_steps == 0,
+            "train.optim_batch_size",
+            train.optim_batch_size,
+            f"must be a multiple of train.gradient_accumulation_steps ({train.gradient_accumulation_steps})",
+        )
+        if train.buffer_size is None:
+            train.buffer_size = train.dialog_turns_per_batch
+        _check(
+            train.buffer_size == train.dialog_turns_per_batch,
+            "train.buffer_size",
+            train.buffer_size,
+            f"must equal train.dialog_turns_per_batch ({train.dialog_turns_per_batch}) in sync mode, "
+            "where the buffer holds one collection",
+        )
+        _check(
+            self.device != "mps" or self.inference_model.backend == "transformers",
+            "device",
+            self.device,
+            "needs inference_model.backend=transformers: vLLM does not run there",
+        )
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether anything reads the reference's log-probs: only then is its actor started."""
+        return self.train.use_kl_to_ref and self.train.kl_to_ref_coeff > 0
+
+    @property
+    def num_collections(self) -> int:
+        return self.train.total_dialog_turns // self.train.dialog_turns_per_batch
+
+    @property
+    def num_steps(self) -> int:
+        """Optimiser steps in the run."""
+        return self.num_collections * self.train.epochs * self.batches_per_collection
+
+    @property
+    def batches_per_collection(self) -> int:
+        return self.train.dialog_turns_per_batch // self.train.optim_batch_size
+
+    @property
+    def max_staleness(self) -> int:
+        """Policy versions between sampling a rollout and training on it, at most."""
+        return 0 if self.train.sync_iter else 1
+
+
+ConfigStore.instance().store(name="run", node=RunConfig)
+
+
+def known_keys(cls: type = RunConfig, prefix: str = "") -> list[str]:
+    """Every key that a user can type, `section.name`."""
+    keys = []
+    for item in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(item.type):
+            keys += known_keys(item.type, f"{prefix}{item.name}.")
+        else:
+            keys.append(prefix + item.name)
+    return keys
+
+
+def check_keys(keys: list[str], groups: list[str]) -> None:
+    """Raise ConfigError for the first of `keys` that is neither a known key nor one of the config `groups`.
+
+    The message names the nearest known key.
+    """
+    known = known_keys()
+    for key in keys:
+        if key in known or key in groups or key.split(".")[0] == "hydra" or key.split("/")[0] == "hydra":
+            continue
+        if key in RENAMED:
+            raise ConfigError(f"{key} is not a key of this program: use {RENAMED[key]}")
+        same_name = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
+        near = same_name or difflib.get_close_matches(key, known + groups, n=1, cutoff=0.0)
+        raise ConfigError(f"unknown key {key}: the nearest known key is {near[0]}")
+
+
+def from_dictconfig(config: DictConfig) -> RunConfig:
+    """The composed configuration as checked objects; raises ConfigError in one line."""
+    try:
+        return OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise error.__cause__ from None
+        raise ConfigError(readable(error)) from None
+
+
+def readable(error: BaseException) -> str:
+    """Hydra's or OmegaConf's multi-line message as one line: what is wrong, and with which key."""
+    text = str(error.__cause__ or error)
+    key = re.search(r"full_key: (\S+)", text)
+    message = one_line(Exception(text.split("\n    full_key")[0].replace("\n", ": ")))
+    return f"{key.group(1)}: {message}" if key and not message.startswith(key.group(1)) else message

@@ -1,0 +1,30 @@
+"""The errors a user is meant to read: one line that names the field or actor, the value, the rule and the remedy.
+
+The scripts print these without a traceback and exit non-zero; any other exception is a defect of ours and keeps its
+traceback.
+"""
+
+
+class UserError(Exception):
+    """Something the user can put right. The message is one line."""
+
+
+class ConfigError(UserError):
+    """A configuration that cannot work, found before anything starts."""
+
+
+class DataError(UserError):
+    """A data set that cannot be read or holds nothing usable."""
+
+
+class RewardError(UserError):
+    """A reward function that raised or returned something that is not a finite number."""
+
+
+class ActorError(UserError):
+    """An actor that died, or did not answer by its deadline."""
+
+
+def one_line(error: BaseException) -> str:
+    """`error` as the single line that a script prints."""
+    return " ".join(str(error).split())

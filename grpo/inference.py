@@ -1,0 +1,148 @@
+"""The inference actor: hosts one engine and steps it; requests go in, finished responses come out.
+
+Everything runs on the actor's one event loop, so a weight update happens between two engine steps by construction:
+
+    submit ──> engine.add ─┐
+                           ├─ loop: engine.step() ─> finished responses ─> take
+    update_weights ────────┘         (whenever the engine has work)
+
+An engine (vLLM or transformers) implements `Engine`; the actor adds nothing but the loop.
+"""
+
+import asyncio
+import importlib
+import os
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+from grpo.rollout import Completions
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn."""
+
+    num_responses: int
+    max_tokens: int
+    temperature: float  # 0: greedy
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to respond to. `request_id` is the caller's, unique among the requests in flight."""
+
+    request_id: int
+    prompt: list[int]
+    sampling: Sampling
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What an engine needs to start."""
+
+    backend: str  # vllm or transformers
+    model: str
+    device: str
+    seed: int
+    max_concurrent: int  # responses in flight
+    max_length: int  # prompt + response, tokens
+    temperature: float  # of training samples: the one log-probs are reported under
+    top_p: float
+    gpu_memory_utilization: float
+    enforce_eager: bool
+
+
+class Engine(Protocol):
+    """Samples responses one step at a time; weights may change between two steps."""
+
+    policy_version: int
+
+    def connect(self, description: dict) -> None:
+        """Map the trainer's weights (`SharedMemorySender.description`)."""
+
+    def add(self, request: Request) -> None:
+        """Queue a request."""
+
+    def has_work(self) -> bool:
+        """Whether any request is unfinished."""
+
+    def step(self) -> Completions | None:
+        """Advance, and return the requests that finished, each with all its responses."""
+
+    def update_weights(self, version: int) -> None:
+        """Load what the trainer last wrote; running requests go on under the new weights."""
+
+    def reseed(self, seed: int) -> None:
+        """Make what is sampled next depend on `seed` and the requests alone."""
+
+
+ENGINES = {
+    "vllm": "grpo.engine_vllm:VLLMEngine",
+    "transformers": "grpo.engine_transformers:TransformersEngine",
+}
+
+
+def make_engine(spec: EngineSpec) -> Engine:
+    module, _, name = ENGINES[spec.backend].partition(":")
+    return getattr(importlib.import_module(module), name)(spec)
+
+
+class InferenceActor:
+    """A Ray actor (asyncio): see the module's drawing."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self.spec = spec
+        self.finished: list[Completions] = []
+        self.num_finished = 0
+        self.changed = asyncio.Event()
+        self.loop_task: asyncio.Task | None = None
+        self.busy_s = 0.0
+
+    async def start(self) -> int:
+        """Load the model; returns the process id."""
+        self.engine = make_engine(self.spec)
+        return os.getpid()
+
+    async def connect(self, description: dict) -> None:
+        self.engine.connect(description)
+
+    async def submit(self, requests: list[Request], seed: int | None = None) -> None:
+        """Queue `requests`. With `seed`, what they sample depends on it and on them alone; the engine must be idle."""
+        if seed is not None:
+            assert not self.engine.has_work(), "an engine can be reseeded only while it is idle"
+            self.engine.reseed(seed)
+        for request in requests:
+            self.engine.add(request)
+        if self.loop_task is None or self.loop_task.done():
+            self.loop_task = asyncio.create_task(self._run())
+
+    async def _run(self) -> None:
+        while self.engine.has_work():
+            start = time.perf_counter()
+            finished = self.engine.step()
+            self.busy_s += time.perf_counter() - start
+            if finished is not None:
+                self.finished.append(finished)
+                self.num_finished += len(finished)
+                self.changed.set()
+            await asyncio.sleep(0)  # let submit, take and update_weights in
+
+    async def take(self, at_least: int) -> Completions:
+        """The responses finished since the last call, once there are `at_least` of them."""
+        while self.num_finished < at_least:
+            self.changed.clear()
+            change = asyncio.create_task(self.changed.wait())
+            await asyncio.wait({change, self.loop_task}, return_when=asyncio.FIRST_COMPLETED)
+            change.cancel()
+            if self.loop_task.done():
+                self.loop_task.result()  # an engine's error belongs to whoever waits for its responses
+                assert self.num_finished >= at_least, "more responses were asked for than were requested"
+        taken, self.finished, self.num_finished = self.finished, [], 0
+        return Completions.concatenate(taken)
+
+    async def update_weights(self, version: int) -> int:
+        """Load what the trainer last wrote and return the version that the engine now has."""
+        self.engine.update_weights(version)
+        return self.engine.policy_version

@@ -1,0 +1,1 @@
+"""Policy losses and divergences: pure functions of tensors, one file a family."""

@@ -1,0 +1,66 @@
+"""From a response's text to its score: what a grade says, and how a user's own reward function is called.
+
+A grade tells what was decided and why; a score that is not a finite number ends the run, since an advantage made from it
+would poison a whole group.
+"""
+
+import importlib.util
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from grpo.errors import ConfigError, RewardError
+
+RewardFunction = Callable[[list[str], list[str], list[str]], list[float]]
+
+
+@dataclass(frozen=True)
+class Grade:
+    """The verdict on one response: `reward` is the sum of its `terms`."""
+
+    terms: dict[str, float]
+    outcome: str  # correct, wrong or unparseable
+    parsed: str | None  # the answer found in the response
+
+    @property
+    def reward(self) -> float:
+        return sum(self.terms.values())
+
+    @property
+    def correct(self) -> bool:
+        return self.outcome == "correct"
+
+
+def load_reward_function(spec: str) -> RewardFunction:
+    """The function named by PATH.py:FUNCTION.
+
+    It is called once a collection with three lists of equal length, prompts, responses and answers, and returns one
+    finite number a response. Raises ConfigError where there is no such file or function.
+    """
+    path, _, name = spec.rpartition(":")
+    if not Path(path).is_file():
+        raise ConfigError(f"env.reward_fn ({spec}): there is no file {path}")
+    module_spec = importlib.util.spec_from_file_location(f"reward_fn_{Path(path).stem}", path)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if not callable(getattr(module, name, None)):
+        raise ConfigError(f"env.reward_fn ({spec}): {path} has no function {name}")
+    return getattr(module, name)
+
+
+def apply_reward_function(
+    function: RewardFunction, prompts: list[str], responses: list[str], answers: list[str]
+) -> list[float]:
+    """The rewards that `function` gives, checked: as many as there are responses, each a finite number."""
+    name = function.__name__
+    rewards = list(function(prompts, responses, answers))
+    if len(rewards) != len(responses):
+        raise RewardError(f"env.reward_fn {name} returned {len(rewards)} rewards for {len(responses)} responses")
+    for reward, prompt, response in zip(rewards, prompts, responses, strict=True):
+        if not isinstance(reward, (int, float)) or not math.isfinite(reward):
+            raise RewardError(
+                f"env.reward_fn {name} returned {reward!r} where a finite number is needed, "
+                f"for the response {response[:80]!r} to the prompt {prompt[:80]!r}"
+            )
+    return [float(reward) for reward in rewards]

@@ -1,0 +1,83 @@
+"""Tasks: each module here owns a data set, its prompts, and how a response is parsed and scored.
+
+A new task is one file with a `load(config: EnvConfig) -> Task`, chosen by `env.dataset=FILE_NAME`.
+"""
+
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from typing import Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from grpo.config import EnvConfig
+from grpo.errors import ConfigError, DataError
+from grpo.rewards import Grade
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One prompt and the answer that its responses are graded against."""
+
+    question: str
+    answer: str
+
+
+class Task(Protocol):
+    """What a task module's `load` returns."""
+
+    system_prompt: str  # told to models whose chat template has a place for it
+
+    def problems(self, split: str) -> list[Problem]:
+        """The problems of `train`, `validation` or `test`; no problem is in two of them."""
+        ...
+
+    def grade(self, problem: Problem, response: str) -> Grade:
+        """Score one response. Never raises for a strange response: that is what `unparseable` is for."""
+        ...
+
+
+def names() -> list[str]:
+    """The tasks there are."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def load(config: EnvConfig) -> Task:
+    """The task that `env.dataset` names; raises ConfigError where there is none."""
+    if config.dataset not in names():
+        raise ConfigError(f"env.dataset ({config.dataset}) must be one of {', '.join(names())}")
+    return importlib.import_module(f"{__name__}.{config.dataset}").load(config)
+
+
+def encode(problem: Problem, task: Task, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The prompt's token ids: the chat template where the tokenizer has one, plain text where it has none."""
+    if tokenizer.chat_template is None:
+        return tokenizer(f"{task.system_prompt}\n\n{problem.question}\n")["input_ids"]
+    messages = [{"role": "system", "content": task.system_prompt}, {"role": "user", "content": problem.question}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+
+
+@dataclass
+class EncodedProblems:
+    """A split's problems with their prompts as token ids, those too long left out and counted."""
+
+    problems: list[Problem]
+    prompts: list[list[int]]
+    dropped: int
+
+
+def encode_split(
+    task: Task, split: str, tokenizer: PreTrainedTokenizerBase, max_length: int, limit: int | None = None
+) -> EncodedProblems:
+    """Tokenize the first `limit` problems of `split`; raises DataError where no prompt fits in `max_length` tokens."""
+    problems = task.problems(split)[:limit]
+    prompts = [encode(problem, task, tokenizer) for problem in problems]
+    kept = [i for i, prompt in enumerate(prompts) if len(prompt) <= max_length]
+    if not kept:
+        raise DataError(
+            f"the {split} split has no prompt to use: {len(problems)} problems, {len(problems) - len(kept)} of them "
+            f"longer than env.max_prompt_length ({max_length}); give more data or raise the limit"
+        )
+    return EncodedProblems([problems[i] for i in kept], [prompts[i] for i in kept], len(problems) - len(kept))

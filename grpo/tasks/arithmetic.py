@@ -1,0 +1,87 @@
+"""Multi-step arithmetic: `What is (a op1 b) op2 c?` with operands 0 to 9, at most one `*`, answered in an answer tag.
+
+All 8,000 expressions are split once, by a fixed seed, into test, validation, warm-up (for the built-in model's
+demonstrations) and train. Commuted twins and reorderings of a sum are one family, and a family stays on one side.
+"""
+
+import random
+import re
+from collections import defaultdict
+
+from grpo.config import EnvConfig
+from grpo.errors import ConfigError
+from grpo.rewards import Grade
+from grpo.tasks import Problem
+
+Expression = tuple[int, str, int, str, int]
+
+OPERATIONS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
+ANSWER = re.compile(r"<answer>\s*([-−]?\d+)\s*</answer>")
+SPLIT_SEED = 1234
+SPLIT_SIZES = {"test": 1000, "validation": 500, "warm_up": 3500}  # at least; the rest is train
+
+
+def value(expression: Expression) -> int:
+    a, first, b, second, c = expression
+    return OPERATIONS[second](OPERATIONS[first](a, b), c)
+
+
+def question(expression: Expression) -> str:
+    a, first, b, second, c = expression
+    return f"What is ({a} {first} {b}) {second} {c}?"
+
+
+def family(expression: Expression) -> tuple:
+    """Equal for expressions that are the same sum or product in another order."""
+    a, first, b, second, c = expression
+    if "*" not in (first, second):
+        terms = [(1, a), (1 if first == "+" else -1, b), (1 if second == "+" else -1, c)]
+        return ("sum", *sorted(terms))
+    if first in "+*":
+        a, b = sorted((a, b))
+    return (a, first, b, second, c)
+
+
+def split_expressions() -> dict[str, list[Expression]]:
+    """Every expression under test, validation, warm_up or train; the same on every machine."""
+    families = defaultdict(list)
+    for a in range(10):
+        for first in OPERATIONS:
+            for b in range(10):
+                for second in OPERATIONS:
+                    if first + second != "**":
+                        for c in range(10):
+                            families[family((a, first, b, second, c))].append((a, first, b, second, c))
+    keys = sorted(families, key=str)
+    random.Random(SPLIT_SEED).shuffle(keys)
+    splits: dict[str, list[Expression]] = {name: [] for name in (*SPLIT_SIZES, "train")}
+    for key in keys:
+        name = next((n for n, size in SPLIT_SIZES.items() if len(splits[n]) < size), "train")
+        splits[name] += families[key]
+    return splits
+
+
+class Arithmetic:
+    system_prompt = "Work the expression out step by step, then give the result as <answer>NUMBER</answer>."
+
+    def __init__(self) -> None:
+        self.expressions = split_expressions()
+
+    def problems(self, split: str) -> list[Problem]:
+        return [Problem(question(e), str(value(e))) for e in self.expressions[split]]
+
+    def grade(self, problem: Problem, response: str) -> Grade:
+        """0.2 for exactly one answer tag with a whole number in it, 0.2 for within 1 of the value, 0.6 for the value."""
+        found = ANSWER.findall(response)
+        if len(found) != 1 or response.count("<answer>") != 1:
+            return Grade({"format": 0.0, "near": 0.0, "exact": 0.0}, "unparseable", None)
+        parsed, expected = int(found[0].replace("−", "-")), int(problem.answer)
+        near, exact = abs(parsed - expected) <= 1, parsed == expected
+        terms = {"format": 0.2, "near": 0.2 * near, "exact": 0.6 * exact}
+        return Grade(terms, "correct" if exact else "wrong", str(parsed))
+
+
+def load(config: EnvConfig) -> Arithmetic:
+    if config.data is not None:
+        raise ConfigError(f"env.data ({config.data}) must be null: the arithmetic task makes its own expressions")
+    return Arithmetic()
