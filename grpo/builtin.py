@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from tokenizers import AddedToken
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from grpo.errors import ConfigError
 from grpo.tasks.arithmetic import OPERATIONS, Expression, question, split_expressions
@@ -52,31 +52,29 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character, and one each for the answer tags."""
-    special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<unk>"]
-    characters = list("0123456789+-*()=;? .,Wabcdefghijklmnopqrstuvwxyz")
-    tokenizer = Tokenizer(
-        models.WordLevel({token: i for i, token in enumerate(special + characters)}, unk_token="<unk>")
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens(special)
-    tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in ("<answer>", "</answer>")])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<|pad|>",
+def make_tokenizer() -> Qwen2Tokenizer:
+    """One token a character, and one each for the answer tags.
+
+    It is the architecture's own tokenizer class without merges: AutoTokenizer loads any other as that one.
+    """
+    special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"]
+    characters = "0123456789+-*()=;?.,Wabcdefghijklmnopqrstuvwxyz" + "Ġ"  # byte-level BPE writes a space as Ġ
+    tokenizer = Qwen2Tokenizer(
+        vocab={token: i for i, token in enumerate([*special, *characters])},
+        merges=[],
+        unk_token=None,
         eos_token="<|end|>",
-        unk_token="<unk>",
-        clean_up_tokenization_spaces=False,
+        pad_token="<|pad|>",
+        additional_special_tokens=special[2:],
     )
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
+    tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in ("<answer>", "</answer>")])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> Qwen2ForCausalLM:
-    """The model with random weights. Its vocabulary is the tokenizer's: a padding row could be sampled."""
-    config = Qwen2Config(
+def make_config(recipe: Recipe, tokenizer: Qwen2Tokenizer) -> Qwen2Config:
+    """The architecture. Its vocabulary is the tokenizer's: a padding row could be sampled."""
+    return Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=recipe.hidden_size,
         num_hidden_layers=recipe.layers,
@@ -90,7 +88,6 @@ def make_model(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> Qwen2ForCa
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
     )
-    return Qwen2ForCausalLM(config).float()
 
 
 def demonstration(expression: Expression, right: bool) -> str:
@@ -105,7 +102,7 @@ def demonstration(expression: Expression, right: bool) -> str:
 
 def supervise(
     model: Qwen2ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Qwen2Tokenizer,
     expressions: list[Expression],
     recipe: Recipe,
     log=print,
@@ -153,7 +150,7 @@ def make(path: Path, recipe: Recipe, log=print) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         tokenizer = make_tokenizer()
-        model = make_model(tokenizer, recipe)
+        model = Qwen2ForCausalLM(make_config(recipe, tokenizer)).float()
         supervise(model, tokenizer, split_expressions()["warm_up"], recipe, log)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f"{path.name}.", dir=path.parent))

@@ -80,6 +80,7 @@ class ModelConfig:
 
     name: str = "Qwen/Qwen2.5-3B-Instruct"
     cache_dir: str = ".cache"  # where builtin models are kept once made
+    attn_implementation: str = "sdpa"  # of the trainer and the reference, as transformers names them
 
 
 @dataclass
@@ -271,8 +272,7 @@ class RunConfig:
             train.total_dialog_turns % train.dialog_turns_per_batch == 0,
             "train.total_dialog_turns",
             train.total_dialog_turns,
-            f"must be a multiple of train.dialog_turns_per_batch ({train.dialog_turns_per_batch}): "
-            f"the nearest is {max(1, round(train.total_dialog_turns / train.dialog_turns_per_batch)) * train.dialog_turns_per_batch}",
+            f"must be a multiple of train.dialog_turns_per_batch ({train.dialog_turns_per_batch})",
         )
         _check(
             train.optim_batch_size % train.gradient_accumulation_steps == 0,

@@ -55,9 +55,10 @@ class TransformersEngine:
             top_k=None if greedy else 0,
             eos_token_id=self.eos,
             pad_token_id=self.eos,
+            use_cache=True,
         )
         output = self.model.generate(
-            prompts.to(self.device), attention_mask=attention.to(self.device), generation_config=settings, use_cache=True
+            prompts.to(self.device), attention_mask=attention.to(self.device), generation_config=settings
         )[:, width:]
         return self._completions(requests, rows, output.cpu(), sampling.temperature or 1.0)
 

@@ -30,16 +30,6 @@ TRANSFER = "shared_memory"
 CPU_BLOCK_SIZE = 32  # tokens; the smallest that vLLM has on a CPU, and short responses waste the least of it
 
 
-def environment(device: str, enforce_eager: bool) -> dict[str, str]:
-    """Environment variables that vLLM reads at import, for the actor's process."""
-    variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-    if device == "cpu":
-        variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-    if enforce_eager:
-        variables["TORCHDYNAMO_DISABLE"] = "1"
-    return variables
-
-
 @dataclass
 class InitInfo(WeightTransferInitInfo):
     path: str

@@ -4,11 +4,16 @@ Owns everything that touches a transformers model except sampling from it. The t
 transformers engine load through here, so that all of them compute the same log-probs.
 """
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 import torch.distributed as dist
+from huggingface_hub import constants as hub_constants
+from huggingface_hub import try_to_load_from_cache
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -20,28 +25,44 @@ from grpo.errors import ConfigError, one_line
 
 def read_config(name: str):
     """The transformers configuration of a local directory or hub name; ConfigError where there is none."""
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
-    if looks_local and not Path(name).is_dir():
-        raise ConfigError(f"model.name ({name}): there is no such directory; give one in transformers format")
+    if not Path(name).is_dir():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise ConfigError(f"model.name ({name}): there is no such directory; give one in transformers format")
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str) and not _hub_reachable():
+            raise ConfigError(
+                f"model.name ({name}) is no directory here, is not in the hub's cache, and the hub cannot be reached: "
+                "connect, or give a local directory in transformers format"
+            )
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model.name ({name}) is neither a directory in transformers format nor a hub model that can be read from "
-            f"here: {one_line(error)[:200]}"
-        ) from None
+        raise ConfigError(f"model.name ({name}) is not a model that can be read: {one_line(error)[:200]}") from None
+
+
+def _hub_reachable() -> bool:
+    """Asked first, since the hub's client retries for half a minute where there is no network."""
+    if getproxies():
+        return True
+    try:
+        socket.create_connection((urlsplit(hub_constants.ENDPOINT).hostname, 443), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(path)
 
 
-def load_model(path: str, device: torch.device) -> PreTrainedModel:
+def load_model(path: str, device: torch.device, attn_implementation: str = "sdpa") -> PreTrainedModel:
     """The model in float32 on `device`, in evaluation mode.
 
     Evaluation mode turns dropout off: with dropout the ratio of a rollout to its own policy would not be 1.
     """
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device)
+    if device.type == "cpu":
+        torch.set_flush_denormal(True)  # subnormal gradients and optimiser states slow a CPU down many times
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attn_implementation)
+    model = model.to(device)
     model.config.use_cache = False
     return model.eval()
 

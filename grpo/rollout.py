@@ -18,8 +18,8 @@ A batch is a TensorDict of batch size [B]; B is rollouts, T the longest prompt +
 `log_probs[b, t]` belongs to `tokens[b, t]`: position 0 has none. Per-token floats are 0 outside the response mask.
 Padding is on the right, so that causal attention needs no mask: a real token never sees a pad token.
 
-A collection has batch size [G] of groups with K rollouts each: every key above with a leading [G, K], and `records`, a
-list of K dicts (text of prompt and response, terms, outcome, parsed answer) for rollouts.jsonl.
+A collection has batch size [G] of groups: every key above with shape [G, K, ...], and `record`, a GroupRecord a group
+with the texts and verdicts for rollouts.jsonl. The replay buffer stores groups; `collate` makes a batch [B] of them.
 """
 
 from dataclasses import dataclass
@@ -27,6 +27,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from tensordict import TensorDict
+from torch.nn.functional import pad
+
+from grpo.rewards import Grade
 
 PER_TOKEN = ("tokens", "response_mask", "inference_log_probs", "reference_log_probs", "token_versions", "log_probs")
 
@@ -116,19 +119,26 @@ def trim(batch: TensorDict) -> TensorDict:
     return batch.clone(recurse=False).update({key: batch[key][..., :size] for key in PER_TOKEN if key in batch})
 
 
+@dataclass
+class GroupRecord:
+    """What rollouts.jsonl says of one group besides its tensors."""
+
+    prompt: str
+    answer: str
+    responses: list[str]
+    grades: list[Grade]
+
+
 def collate(groups: list[TensorDict]) -> TensorDict:
-    """One batch [B] from groups [K] of any widths; `records` becomes a flat list attribute of length B."""
-    groups = [trim(group) for group in groups]
-    size = max(group["tokens"].shape[-1] for group in groups)
-    tensors, records = [], []
-    for group in groups:
-        records += group.get_non_tensor("records", default=[])
-        group = group.exclude("records")
-        missing = size - group["tokens"].shape[-1]
-        if missing:
-            padded = {k: torch.nn.functional.pad(group[k], (0, missing)) for k in PER_TOKEN if k in group}
-            group = group.clone(recurse=False).update(padded)
-        tensors.append(group)
-    batch = torch.cat(tensors)
-    batch.set_non_tensor("records", records)
-    return batch
+    """A batch [B] from groups of shape [K, ...] and any widths, group by group; `records` holds their GroupRecords."""
+    size = max(int((group["prompt_length"] + group["response_length"]).max()) for group in groups)
+
+    def rows(key: str) -> torch.Tensor:
+        if key not in PER_TOKEN:
+            return torch.cat([group[key] for group in groups])
+        return torch.cat([pad(group[key][:, :size], (0, max(0, size - group[key].shape[1]))) for group in groups])
+
+    keys = [key for key in groups[0].keys() if key != "record"]
+    batch = TensorDict({key: rows(key) for key in keys})
+    batch.auto_batch_size_(1)
+    return batch.set_non_tensor("records", [group["record"] for group in groups])

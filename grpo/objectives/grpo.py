@@ -50,7 +50,7 @@ def grpo_loss(
     sums = {
         "objective": surrogate,
         "ratio": ratio,
-        "ratio_squared": ratio.square(),
+        "ratio_squared": ratio.double().square(),
         "clipped": (clipped < unclipped).float(),
         "kl_to_inference": kl_to_inference,
         "entropy": entropy,
@@ -62,8 +62,8 @@ def grpo_loss(
         sums["kl_to_reference_squared"] = kl_to_reference.square()
     mask = response_mask.float()
     loss = ((token_loss * mask).sum(1) / mask.sum(1)).sum()
-    totals = {name: (value.detach() * mask).sum() for name, value in sums.items()}
-    return loss, totals | {"loss": loss.detach(), "tokens": mask.sum()}
+    totals = {name: (value.detach().double() * mask).sum() for name, value in sums.items()}
+    return loss, totals | {"loss": loss.detach().double(), "tokens": mask.double().sum()}
 
 
 def count(response_mask: torch.Tensor) -> int:

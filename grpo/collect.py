@@ -1,0 +1,212 @@
+"""From prompts to scored rollouts: the collecting function of every mode.
+
+    PromptEnv.reset ──> InferencePolicy ──> PromptEnv.step ──> Finish
+     next prompts        engines respond     grades             reference log-probs, group advantages
+
+One turn of `GroupCollector` (a TorchRL LLMCollector) is one collection: G groups of K rollouts, see grpo/rollout.py.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from tensordict import NonTensorData, NonTensorStack, TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torchrl.collectors.llm import LLMCollector
+from torchrl.data import Categorical, Composite, Unbounded
+from torchrl.envs import EnvBase
+from transformers import PreTrainedTokenizerBase
+
+from grpo.advantages import group_advantages
+from grpo.inference import Request, Sampling
+from grpo.metrics import Clock
+from grpo.objectives.divergences import k3
+from grpo.remote import get
+from grpo.rewards import RewardFunction, apply_reward_function
+from grpo.rollout import Completions, GroupRecord, pack
+from grpo.tasks import EncodedProblems, Task
+
+
+class PromptStream:
+    """Which problem comes next: a seeded shuffle of the training problems, a new one each data pass.
+
+    `position` is how many were drawn so far, and all the state there is.
+    """
+
+    def __init__(self, num_problems: int, seed: int) -> None:
+        self.num_problems, self.seed, self.position = num_problems, seed, 0
+
+    def take(self, count: int) -> list[int]:
+        """The next `count` problem indices."""
+        taken = [self._at(self.position + i) for i in range(count)]
+        self.position += count
+        return taken
+
+    def _at(self, position: int) -> int:
+        data_pass, offset = divmod(position, self.num_problems)
+        if getattr(self, "_pass", None) != data_pass:
+            self._pass = data_pass
+            self._order = np.random.default_rng([self.seed, data_pass]).permutation(self.num_problems)
+        return int(self._order[offset])
+
+
+class EnginePool:
+    """The inference actors behind one call."""
+
+    def __init__(self, actors: list, timeout_s: float) -> None:
+        self.actors, self.timeout_s = actors, timeout_s
+
+    def generate(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> Completions:
+        """Responses to `prompts`, in their order, K together; the same seed and weights give the same responses."""
+        requests = [Request(i, prompt, sampling) for i, prompt in enumerate(prompts)]
+        calls = []
+        for i, actor in enumerate(self.actors):
+            share = requests[i :: len(self.actors)]
+            calls.append(actor.submit.remote(share, seed + i))
+            calls.append(actor.take.remote(len(share) * sampling.num_responses))
+        taken = get(calls, self.timeout_s, "the inference actor", f"sampling responses to {len(prompts)} prompts")
+        return Completions.concatenate(taken[1::2]).in_request_order()
+
+    def update_weights(self, version: int) -> None:
+        """Have every engine load what the trainer published, and check that it now has `version`."""
+        calls = [actor.update_weights.remote(version) for actor in self.actors]
+        versions = get(calls, self.timeout_s, "the inference actor", f"loading weights version {version}")
+        assert versions == [version] * len(calls), f"engines answered versions {versions} to a push of {version}"
+
+
+class PromptEnv(EnvBase):
+    """One-turn environment over [G, K]: a reset draws G prompts, a step grades K responses to each."""
+
+    def __init__(
+        self,
+        num_groups: int,
+        group_size: int,
+        task: Task,
+        data: EncodedProblems,
+        stream: PromptStream,
+        tokenizer: PreTrainedTokenizerBase,
+        reward_function: RewardFunction | None,
+        clock: Clock,
+    ) -> None:
+        super().__init__(batch_size=[num_groups, group_size])
+        self.task, self.data, self.stream, self.tokenizer = task, data, stream, tokenizer
+        self.reward_function, self.clock = reward_function, clock
+        shape = self.batch_size
+        self.observation_spec = Composite(
+            problem=Unbounded(shape=shape, dtype=torch.int64),
+            group_id=Unbounded(shape=shape, dtype=torch.int64),
+            shape=shape,
+        )
+        self.action_spec = Composite(tokens=Unbounded(shape=(*shape, 1), dtype=torch.int64), shape=shape)
+        self.reward_spec = Unbounded(shape=(*shape, 1))
+        self.done_spec = Categorical(2, shape=(*shape, 1), dtype=torch.bool)
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs) -> TensorDict:
+        num_groups = self.batch_size[0]
+        first = self.stream.position
+        problem = torch.tensor(self.stream.take(num_groups))
+        group_id = torch.arange(first, first + num_groups)
+        columns = {"problem": problem, "group_id": group_id}
+        return TensorDict({k: v[:, None].expand(self.batch_size) for k, v in columns.items()}, batch_size=self.batch_size)
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDict:
+        with self.clock.phase("reward"):
+            records = self._grade(tensordict)
+        rewards = torch.tensor([[grade.reward for grade in record.grades] for record in records])
+        done = torch.ones(*self.batch_size, 1, dtype=torch.bool)
+        result = TensorDict(
+            reward=rewards[..., None].float(),
+            done=done,
+            terminated=done.clone(),
+            problem=tensordict["problem"],
+            group_id=tensordict["group_id"],
+            batch_size=self.batch_size,
+        )
+        self.records = records
+        return result
+
+    def _grade(self, rollouts: TensorDictBase) -> list[GroupRecord]:
+        flat = rollouts.reshape(-1)
+        rows = [tokens[mask].tolist() for tokens, mask in zip(flat["tokens"], flat["response_mask"], strict=True)]
+        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        problems = [self.data.problems[i] for i in flat["problem"].tolist()]
+        grades = [self.task.grade(problem, text) for problem, text in zip(problems, texts, strict=True)]
+        if self.reward_function is not None:
+            rewards = apply_reward_function(
+                self.reward_function, [p.question for p in problems], texts, [p.answer for p in problems]
+            )
+            grades = [replace(grade, terms={"reward_fn": r}) for grade, r in zip(grades, rewards, strict=True)]
+        size = self.batch_size[1]
+        return [
+            GroupRecord(problems[i].question, problems[i].answer, texts[i : i + size], grades[i : i + size])
+            for i in range(0, len(texts), size)
+        ]
+
+    def _set_seed(self, seed: int | None) -> None:
+        """The stream's seed decides everything; there is nothing else random here."""
+
+
+class InferencePolicy(TensorDictModuleBase):
+    """The policy as TorchRL sees it: prompts in, rollouts out, sampled by the engines."""
+
+    in_keys = ["problem"]
+    out_keys = ["tokens", "prompt_length", "response_length", "response_mask", "inference_log_probs"]
+
+    def __init__(self, engines: EnginePool, data: EncodedProblems, sampling: Sampling, seed: int, clock: Clock) -> None:
+        super().__init__()
+        self.engines, self.data, self.sampling, self.seed, self.clock = engines, data, sampling, seed, clock
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        prompts = [self.data.prompts[i] for i in tensordict["problem"][:, 0].tolist()]
+        collection_seed = int(np.random.SeedSequence([self.seed, int(tensordict["group_id"][0, 0])]).generate_state(1)[0])
+        with self.clock.phase("generate"):
+            completions = self.engines.generate(prompts, self.sampling, collection_seed)
+        rows = [prompt for prompt in prompts for _ in range(self.sampling.num_responses)]
+        return tensordict.update(pack(rows, completions).view(tensordict.batch_size))
+
+
+class Finish:
+    """A collection's last station: reference log-probs, the reward's divergence penalty, group advantages, records.
+
+    With `kl_in_reward` above 0, the k3 estimate of a response's KL to the reference (summed over its tokens, in nats) is
+    taken off its reward before advantages are made; `reward` itself stays what the task gave.
+    """
+
+    def __init__(self, env: PromptEnv, reference, kl_in_reward: float, timeout_s: float) -> None:
+        self.env, self.reference, self.kl_in_reward, self.timeout_s = env, reference, kl_in_reward, timeout_s
+
+    def __call__(self, rollouts: TensorDict) -> TensorDict:
+        flat = rollouts.reshape(-1)
+        if self.reference is not None:
+            with self.env.clock.phase("reference"):
+                call = self.reference.score.remote(flat.select("tokens", "prompt_length", "response_mask"))
+                flat["reference_log_probs"] = get(call, self.timeout_s, "the reference actor", "scoring a collection")
+        penalised = flat["reward"]
+        if self.kl_in_reward > 0:
+            kl = k3(flat["inference_log_probs"], flat["reference_log_probs"]).sum(-1)
+            flat["kl_penalty"] = self.kl_in_reward * kl
+            penalised = penalised - flat["kl_penalty"]
+        flat["advantage"] = group_advantages(penalised, flat["group_id"])
+        groups = flat.reshape(rollouts.batch_size)
+        groups.batch_size = rollouts.batch_size[:1]
+        return groups.set("record", NonTensorStack(*[NonTensorData(record) for record in self.env.records]))
+
+
+class GroupCollector(LLMCollector):
+    """TorchRL's collector with a turn that keeps tensors dense: [G, K], nothing stacked lazily, no prompt drawn twice."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        with warnings.catch_warnings():  # an offer of transforms that a one-turn environment has no use for
+            warnings.filterwarnings("ignore", message="The env passed to", category=FutureWarning)
+            super().__init__(*args, **kwargs)
+
+    @property
+    def rollout(self) -> Callable[[], TensorDict]:
+        return self._collect
+
+    def _collect(self) -> TensorDict:
+        turn = self.env.step(self.policy(self.env.reset()))
+        turn["reward"] = turn["next", "reward"].squeeze(-1)
+        return turn.exclude("next", "done", "terminated")

@@ -1,0 +1,21 @@
+"""Held-out accuracy: greedy responses to problems that training never saw, graded by the task."""
+
+from transformers import PreTrainedTokenizerBase
+
+from grpo.collect import EnginePool
+from grpo.inference import Sampling
+from grpo.tasks import EncodedProblems, Task
+
+
+def accuracy(
+    engines: EnginePool, task: Task, data: EncodedProblems, tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> dict[str, float]:
+    """{"accuracy": share of right answers in [0, 1], "n": problems} of the engines' current weights.
+
+    Greedy, so nothing is drawn; training reseeds the engines for every collection, so its stream stays as it was.
+    """
+    sampling = Sampling(num_responses=1, max_tokens=max_tokens, temperature=0.0)
+    completions = engines.generate(data.prompts, sampling, seed=0)
+    texts = tokenizer.batch_decode(completions.responses(), skip_special_tokens=True)
+    right = [task.grade(problem, text).correct for problem, text in zip(data.problems, texts, strict=True)]
+    return {"accuracy": sum(right) / len(right), "n": len(right)}

@@ -1,0 +1,87 @@
+"""From the command line to a checked configuration and a run directory; every script's entry.
+
+Hydra parses, composes and makes the run directory. Before it does, the overrides are checked here, so that a wrong one
+ends in one line, in a second or two, with nothing started and nothing written.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from grpo.config import RunConfig, check_keys, from_dictconfig, readable
+from grpo.errors import ConfigError, UserError, one_line
+
+CONFIG_DIR = Path(__file__).resolve().parent.parent / "config"
+EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
+SCRIPTS = {"sync": "grpo_sync.py", "async": "grpo_async.py"}
+
+
+def compose(config_name: str, overrides: list[str]) -> RunConfig:
+    """The checked configuration of config/`config_name`.yaml with `overrides`; raises ConfigError in one line."""
+    groups = sorted(path.name for path in CONFIG_DIR.iterdir() if path.is_dir())
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+        check_keys([override.key_or_group for override in parsed], groups)
+        with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            return from_dictconfig(hydra.compose(config_name, overrides=overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(readable(error)) from None
+
+
+def launch(mode: str, default_config: str, main: Callable[[RunConfig, Path], None]) -> None:
+    """Run `main(config, run_dir)` under Hydra; user errors end in one line on stderr and exit code 1."""
+    arguments = get_args_parser().parse_args()
+    information = arguments.help or arguments.hydra_help or arguments.info or arguments.cfg
+    try:
+        if not information:
+            _check_overrides(arguments, mode, default_config)
+    except UserError as error:
+        sys.exit(_report(error))
+
+    @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=default_config)
+    def run(config: DictConfig) -> None:
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # TorchRL imports vLLM here too
+        run_dir = Path(HydraConfig.get().runtime.output_dir)
+        try:
+            main(from_dictconfig(config), run_dir)
+        except UserError as error:
+            sys.exit(_report(error))
+        except KeyboardInterrupt:
+            print(f"Interrupted; what was logged is in {run_dir}", file=sys.stderr)
+            sys.exit(EXIT_INTERRUPTED)
+
+    run()
+
+
+def _check_overrides(arguments, mode: str, default_config: str) -> None:
+    name = arguments.config_name or default_config
+    if not (CONFIG_DIR / f"{name.removesuffix('.yaml')}.yaml").is_file():
+        known = ", ".join(sorted(path.stem for path in CONFIG_DIR.glob("*.yaml")))
+        raise ConfigError(f"--config-name {name}: there is no such configuration; there are {known}")
+    overrides = list(arguments.overrides)
+    if arguments.multirun:  # a sweep's values are checked when its jobs start; here the first of each
+        overrides = [re.sub(r"^([^=]+=[^,\[{(]*),.*$", r"\1", override) for override in overrides]
+    config = compose(name, overrides)
+    if config.mode != mode:
+        raise ConfigError(f"mode ({config.mode}) must be {mode} for {SCRIPTS[mode]}: use {SCRIPTS[config.mode]}")
+    from grpo.plan import make_plan  # here: torch is imported only once the keys are right
+
+    plan = make_plan(config)
+    if config.dry_run:
+        print(plan.describe(config))
+        sys.exit(0)
+
+
+def _report(error: UserError) -> int:
+    print(f"Error: {one_line(error)}", file=sys.stderr)
+    return EXIT_ERROR

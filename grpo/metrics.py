@@ -1,0 +1,231 @@
+"""One table of metric names, how they are made from a batch, and where they go.
+
+Every step gives one object to metrics.jsonl, and to Weights & Biases and TensorBoard where they are on. rollouts.jsonl
+gets a line a response.
+"""
+
+import json
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from tensordict import TensorDict
+from tqdm import tqdm
+
+from grpo.config import LoggingConfig
+
+METRICS = {
+    "rollout/reward_mean": "mean reward of the batch's responses",
+    "rollout/reward_std": "its standard deviation",
+    "rollout/reward_min": "smallest reward",
+    "rollout/reward_q25": "first quartile",
+    "rollout/reward_median": "median reward",
+    "rollout/reward_q75": "third quartile",
+    "rollout/reward_max": "largest reward",
+    "rollout/accuracy": "share of responses with the right answer",
+    "rollout/unparseable": "share of responses without an answer that can be read",
+    "rollout/truncated": "share of responses cut at their token budget",
+    "rollout/response_length_mean": "tokens a response",
+    "rollout/response_length_max": "tokens of the longest response",
+    "rollout/advantage_mean": "mean advantage",
+    "rollout/advantage_std": "standard deviation of the advantages",
+    "rollout/groups": "groups in the batch",
+    "rollout/group_size_mean": "responses a group",
+    "rollout/equal_groups": "share of groups whose rewards are all equal: they teach nothing",
+    "rollout/kl_penalty_mean": "mean of what the reference takes off a reward (kl_coef_in_loss=false)",
+    "rollout/kl_penalty_std": "its standard deviation",
+    "train/loss": "the loss: mean over responses of the mean over their tokens",
+    "train/objective": "clipped surrogate a token",
+    "train/kl_to_reference": "k3 estimate of KL(policy || reference), nats a token",
+    "train/kl_to_reference_std": "its standard deviation over tokens",
+    "train/kl_to_inference": "k1 estimate of KL(inference || policy), nats a token",
+    "train/entropy": "entropy of the next-token distribution, nats",
+    "train/clip_fraction": "share of tokens where the clip binds",
+    "train/ratio_mean": "mean importance ratio of policy to inference policy",
+    "train/ratio_std": "its standard deviation over tokens",
+    "train/ess": "effective sample size of the ratios as a share of the tokens",
+    "train/grad_norm": "gradient norm before clipping",
+    "train/lr": "learning rate",
+    "train/skipped_updates": "1 where every advantage was 0 and the weights stayed",
+    "buffer/staleness_max": "policy versions between sampling and training, the largest",
+    "buffer/staleness_mean": "the same, mean over rollouts",
+    "eval/accuracy": "greedy accuracy on the validation split",
+    "time/generate_s": "sampling responses",
+    "time/reward_s": "grading them",
+    "time/reference_s": "scoring them under the reference",
+    "time/train_s": "the optimiser step",
+    "time/push_s": "pushing weights to the engines",
+    "time/wait_s": "waiting for a collection that runs beside training",
+    "time/eval_s": "evaluating",
+    "time/samples_per_s": "responses trained on a second, over the whole step",
+}
+PHASES = ("generate", "reward", "reference", "train", "push", "wait", "eval")
+
+
+class Clock:
+    """Seconds a phase: since the last `take`, and in total. Phases may overlap where a collection runs beside training."""
+
+    def __init__(self) -> None:
+        self.since = defaultdict(float)
+        self.total = dict.fromkeys(PHASES, 0.0)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - start
+            self.since[name] += seconds
+            self.total[name] += seconds
+
+    def take(self) -> dict[str, float]:
+        taken, self.since = self.since, defaultdict(float)
+        return {f"time/{name}_s": seconds for name, seconds in taken.items()}
+
+
+def rollout_metrics(batch: TensorDict, trainer_version: int) -> dict[str, float]:
+    """What a batch of rollouts [B] (with its `records`) looked like when it was trained on."""
+    reward, advantage = batch["reward"], batch["advantage"]
+    length = batch["response_length"].float()
+    grades = [grade for record in batch["records"] for grade in record.grades]
+    equal = [len({grade.reward for grade in record.grades}) == 1 for record in batch["records"]]
+    staleness = (trainer_version - batch["policy_version"]).float()
+    quartiles = torch.quantile(reward, torch.tensor([0.25, 0.5, 0.75]))
+    metrics = {
+        "rollout/reward_mean": reward.mean(),
+        "rollout/reward_std": reward.std(),
+        "rollout/reward_min": reward.min(),
+        "rollout/reward_q25": quartiles[0],
+        "rollout/reward_median": quartiles[1],
+        "rollout/reward_q75": quartiles[2],
+        "rollout/reward_max": reward.max(),
+        "rollout/accuracy": sum(grade.correct for grade in grades) / len(grades),
+        "rollout/unparseable": sum(grade.outcome == "unparseable" for grade in grades) / len(grades),
+        "rollout/truncated": 1 - batch["stopped"].float().mean(),
+        "rollout/response_length_mean": length.mean(),
+        "rollout/response_length_max": length.max(),
+        "rollout/advantage_mean": advantage.mean(),
+        "rollout/advantage_std": advantage.std(),
+        "rollout/groups": len(batch["records"]),
+        "rollout/group_size_mean": len(grades) / len(batch["records"]),
+        "rollout/equal_groups": sum(equal) / len(equal),
+        "buffer/staleness_max": staleness.max(),
+        "buffer/staleness_mean": staleness.mean(),
+    }
+    if "kl_penalty" in batch:
+        metrics["rollout/kl_penalty_mean"] = batch["kl_penalty"].mean()
+        metrics["rollout/kl_penalty_std"] = batch["kl_penalty"].std()
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def rollout_lines(step: int, batch: TensorDict, log_probs: torch.Tensor | None) -> Iterator[dict]:
+    """The lines of rollouts.jsonl for a batch; with the trainer's `log_probs` [B, T] also what belongs to its tokens."""
+    row = 0
+    for record in batch["records"]:
+        for response, grade in zip(record.responses, record.grades, strict=True):
+            line = {
+                "step": step,
+                "group_id": int(batch["group_id"][row]),
+                "prompt": record.prompt,
+                "response": response,
+                "answer": record.answer,
+                "reward": float(batch["reward"][row]),
+                "terms": grade.terms,
+                "outcome": grade.outcome,
+                "parsed": grade.parsed,
+                "advantage": float(batch["advantage"][row]),
+                "policy_version": int(batch["policy_version"][row]),
+            }
+            if log_probs is not None:
+                mask = batch["response_mask"][row]
+                line["tokens"] = batch["tokens"][row][mask].tolist()
+                line["inference_log_probs"] = batch["inference_log_probs"][row][mask].tolist()
+                line["log_probs"] = log_probs[row][mask].tolist()
+                line["token_versions"] = batch["token_versions"][row][mask].tolist()
+            yield line
+            row += 1
+
+
+class RunLog:
+    """Everything a run writes while it goes on.
+
+    A step's metrics are held back until the next step or `flush`, so that the push and the evaluation that follow a step
+    stand in its line.
+    """
+
+    def __init__(self, run_dir: Path, config: LoggingConfig, num_steps: int, settings: dict) -> None:
+        self.config, self.held, self.start = config, None, time.time()
+        self.metrics_file = open(run_dir / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+        self.rollouts_file = open(run_dir / "rollouts.jsonl", "a")  # noqa: SIM115
+        self.bar = tqdm(total=num_steps, unit="step", disable=not config.progress, dynamic_ncols=True)
+        self.wandb = self.tensorboard = None
+        name = config.run_name or "_".join(run_dir.parts[-2:])
+        if config.wandb:
+            import wandb
+
+            has_key = "WANDB_API_KEY" in os.environ or wandb.api.api_key is not None
+            mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
+            self.wandb = wandb.init(project=config.project, name=name, mode=mode, dir=run_dir, config=settings)
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(run_dir / "tensorboard")
+
+    def step(self, step: int, policy_version: int, metrics: dict[str, float]) -> None:
+        """Take a step's metrics; the previous step's are written."""
+        self.flush()
+        self.held = {
+            "step": step,
+            "time_s": round(time.time() - self.start, 3),
+            "policy_version": policy_version,
+        } | metrics
+        self.bar.update(1)
+        shown = {"reward": metrics["rollout/reward_mean"], "staleness": metrics["buffer/staleness_max"]}
+        if "train/kl_to_reference" in metrics:
+            shown["kl"] = metrics["train/kl_to_reference"]
+        shown["samples/s"] = metrics["time/samples_per_s"]
+        self.bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
+
+    def add(self, metrics: dict[str, float]) -> None:
+        """Add to the step last taken."""
+        assert self.held is not None, "there is no step to add to"
+        for name, value in metrics.items():
+            self.held[name] = self.held.get(name, 0.0) + value
+
+    def rollouts(self, step: int, batch: TensorDict, log_probs: torch.Tensor | None) -> None:
+        for line in rollout_lines(step, batch, log_probs):
+            self.rollouts_file.write(json.dumps(line) + "\n")
+
+    def flush(self) -> None:
+        """Write what is held."""
+        self.rollouts_file.flush()
+        if self.held is None:
+            return
+        record, self.held = self.held, None
+        unknown = record.keys() - METRICS.keys() - {"step", "time_s", "policy_version"}
+        assert not unknown, f"metrics without a line in the table: {sorted(unknown)}"
+        self.metrics_file.write(json.dumps(record) + "\n")
+        if record["step"] % self.config.logging_frequency == 0:
+            points = {name: value for name, value in record.items() if name in METRICS}
+            if self.wandb is not None:
+                self.wandb.log(points, step=record["step"])
+            if self.tensorboard is not None:
+                for name, value in points.items():
+                    self.tensorboard.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        if self.metrics_file.closed:
+            return
+        self.flush()
+        self.bar.close()
+        self.metrics_file.close()
+        self.rollouts_file.close()
+        if self.wandb is not None:
+            self.wandb.finish(quiet=True)
+        if self.tensorboard is not None:
+            self.tensorboard.close()

@@ -1,0 +1,118 @@
+"""What a run will use, worked out before anything starts: device, processes, memory, steps, staleness.
+
+The checks that need the machine are here; those of the configuration alone are in grpo/config.py.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from grpo import builtin
+from grpo.config import RunConfig
+from grpo.errors import ConfigError
+from grpo.models import num_parameters, read_config
+
+FLOAT32 = 4  # bytes
+LARGE = 1e9  # parameters from which a model needs a GPU to be of any use
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer; `device` is what every actor runs on."""
+
+    device: str
+    roles: dict[str, int]  # processes a role
+    threads: int  # a process
+    parameters: int
+    memory_bytes: dict[str, int]  # estimate a role, weights, optimiser and key-value cache; activations come on top
+
+    def describe(self, config: RunConfig) -> str:
+        """What dry_run=true prints."""
+        gib = 2**30
+        lines = [
+            f"device            {self.device}",
+            *(
+                f"process           {count} x {role}, about {self.memory_bytes[role] / gib:.2f} GiB each"
+                for role, count in self.roles.items()
+            ),
+            f"memory            about {sum(self.memory_bytes.values()) / gib:.2f} GiB for "
+            f"{self.parameters / 1e6:.1f} million parameters, activations not counted",
+            f"threads           {self.threads} a process",
+            f"collections       {config.num_collections} of {config.train.dialog_turns_per_batch} responses "
+            f"({config.train.dialog_turns_per_batch // config.env.repeats} prompts x {config.env.repeats})",
+            f"optimiser steps   {config.num_steps} of {config.train.optim_batch_size} responses in "
+            f"{config.train.gradient_accumulation_steps} micro-batches",
+            f"samples           {config.train.total_dialog_turns} responses, each trained on {config.train.epochs} times",
+            f"staleness         at most {config.max_staleness} policy versions",
+        ]
+        return "\n".join(lines)
+
+
+def resolve_device(device: str) -> str:
+    """`auto` becomes cuda where there is a GPU, else cpu; a device that is not there is an error."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        return "cuda" if available["cuda"] else "cpu"
+    if not available[device]:
+        raise ConfigError(f"device ({device}) is not on this machine; use device=auto")
+    return device
+
+
+def _kv_cache_bytes(model, config: RunConfig) -> int:
+    heads = getattr(model, "num_key_value_heads", model.num_attention_heads)
+    head_dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+    tokens = config.env.num_envs * config.env.repeats * (config.env.max_prompt_length + config.inference_model.max_tokens)
+    return tokens * 2 * model.num_hidden_layers * heads * head_dim * FLOAT32
+
+
+def make_plan(config: RunConfig) -> Plan:
+    """Check the configuration against this machine; raises ConfigError in one line."""
+    device = resolve_device(config.device)
+    name = config.model.name
+    stated = re.search(r"(\d+(?:\.\d+)?)\s*[bB](?![a-zA-Z])", os.path.basename(name))
+    if device == "cpu" and not os.path.isdir(name) and stated and float(stated.group(1)) * 1e9 >= LARGE:
+        raise ConfigError(
+            f"model.name ({name}) has about {stated.group(1)} billion parameters and wants a GPU, and this machine has "
+            "none: python grpo_sync.py --config-name grpo_arithmetic runs here"
+        )
+    if name == builtin.NAME:
+        model = builtin.make_config(builtin.Recipe(), builtin.make_tokenizer())
+    elif name.startswith("builtin/"):
+        raise ConfigError(f"model.name ({name}): the only built-in model is {builtin.NAME}")
+    else:
+        model = read_config(name)
+    length = config.env.max_prompt_length + config.inference_model.max_tokens
+    positions = getattr(model, "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise ConfigError(
+            f"env.max_prompt_length ({config.env.max_prompt_length}) + inference_model.max_tokens "
+            f"({config.inference_model.max_tokens}) must be at most the model's {positions} positions"
+        )
+    roles = {"trainer": 1, "inference": 1} | ({"reference": 1} if config.uses_reference else {})
+    parameters = num_parameters(model)
+    weights = parameters * FLOAT32
+    states = {"adamw": 2, "adam": 2, "sgd": 0}[config.optimizer.name]
+    memory = {
+        "trainer": weights * (3 + states),  # weights, gradients, the pushed copy, optimiser states
+        "inference": weights + _kv_cache_bytes(model, config),
+        "reference": weights,
+    }
+    memory = {role: memory[role] for role in roles}
+    gpus = torch.cuda.device_count() if device == "cuda" else 0
+    if device == "cuda" and gpus < len(roles):
+        raise ConfigError(
+            f"the {len(roles)} models ({', '.join(roles)}) need a GPU each and this machine has {gpus}: "
+            "train.use_kl_to_ref=false does without the reference"
+        )
+    needed, there = sum(memory.values()), psutil.virtual_memory().available
+    if device == "cpu" and needed > there:
+        raise ConfigError(
+            f"model.name ({name}) needs about {needed / 2**30:.1f} GiB of memory and {there / 2**30:.1f} GiB are free: "
+            "use a smaller model, or lower env.num_envs or inference_model.max_tokens"
+        )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    at_once = 1 if config.train.sync_iter else 2  # the engine samples while the trainer optimises
+    return Plan(device, roles, max(1, cores // at_once), parameters, memory)

@@ -1,0 +1,33 @@
+"""The reference actor: the frozen model that the policy is kept close to. It scores; it never trains."""
+
+import os
+
+import torch
+from tensordict import TensorDict
+
+from grpo.models import load_model, score
+
+
+class ReferenceActor:
+    """A Ray actor. `micro_batch` rollouts are scored at a time."""
+
+    def __init__(self, model: str, attn_implementation: str, device: str, temperature: float, micro_batch: int) -> None:
+        self.name, self.attn_implementation, self.device = model, attn_implementation, torch.device(device)
+        self.temperature, self.micro_batch = temperature, micro_batch
+
+    def start(self) -> int:
+        """Load the model; returns the process id."""
+        self.model = load_model(self.name, self.device, self.attn_implementation)
+        return os.getpid()
+
+    def score(self, batch: TensorDict) -> torch.Tensor:
+        """reference_log_probs, float32 [B, T], for rollouts [B] with tokens, prompt_length and response_mask."""
+        batch = batch.to(self.device)
+        return score(
+            self.model,
+            batch["tokens"],
+            batch["prompt_length"],
+            batch["response_mask"],
+            self.temperature,
+            self.micro_batch,
+        ).cpu()

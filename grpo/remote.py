@@ -1,0 +1,32 @@
+"""Calls to Ray actors with a deadline and an error that names who did not answer.
+
+Every wait of the driver goes through `get`. An error that a user can read (UserError) raised inside an actor comes out as
+itself; a death or a missed deadline comes out as one line.
+"""
+
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayTaskError
+
+from grpo.errors import ActorError, UserError, one_line
+
+
+def get(call: Any, timeout_s: float, actor: str, doing: str, key: str = "ray.timeout_s") -> Any:
+    """The result of `call` (an ObjectRef or a list of them) of `actor`, which is `doing` something.
+
+    Raises ActorError where the actor died or `timeout_s` seconds passed; `key` is the setting that holds them.
+    """
+    try:
+        return ray.get(call, timeout=timeout_s)
+    except GetTimeoutError:
+        raise ActorError(
+            f"{actor} did not answer within {timeout_s:g} s while {doing}; if that is no hang, raise {key}"
+        ) from None
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from None
+        raise
+    except RayActorError as error:
+        reason = one_line(error) if isinstance(error, ActorDiedError) else type(error).__name__
+        raise ActorError(f"{actor} died while {doing}: {reason[:400]}") from None

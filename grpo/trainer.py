@@ -1,0 +1,150 @@
+"""The training actor: one FSDP2 rank that turns a batch of rollouts into an optimiser step and publishes the weights.
+
+It loads, moves, calls the objective, and steps; the mathematics is in grpo/objectives.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import ray
+import torch
+import torch.distributed as dist
+from tensordict import TensorDict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from grpo.config import ObjectiveConfig, OptimizerConfig, TrainConfig
+from grpo.models import export, full_parameters, load_model, load_tokenizer, shard, token_log_probs
+from grpo.objectives.grpo import count, grpo_loss, summarise
+from grpo.rollout import trim
+from grpo.weight_sync import SharedMemorySender
+
+OPTIMIZERS = {
+    "adamw": lambda p, c: torch.optim.AdamW(p, lr=c.lr, weight_decay=c.weight_decay, betas=c.betas),
+    "adam": lambda p, c: torch.optim.Adam(p, lr=c.lr, weight_decay=c.weight_decay, betas=c.betas),
+    "sgd": lambda p, c: torch.optim.SGD(p, lr=c.lr, weight_decay=c.weight_decay),
+}
+
+
+@dataclass(frozen=True)
+class TrainerSpec:
+    """What a trainer needs to start."""
+
+    model: str
+    attn_implementation: str
+    device: str
+    temperature: float
+    objective: ObjectiveConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    uses_reference: bool
+
+
+class TrainerActor:
+    """A Ray actor; with several ranks, every rank gets the same calls in the same order."""
+
+    def __init__(self, spec: TrainerSpec) -> None:
+        self.spec = spec
+
+    def open_rendezvous(self) -> tuple[str, int]:
+        """On rank 0: open the store where the ranks meet; returns its host and port."""
+        host = ray.util.get_node_ip_address()
+        self.store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        return host, self.store.port
+
+    def start(self, rank: int, world_size: int, rendezvous: tuple[str, int], timeout_s: float) -> int:
+        """Join the process group at `rendezvous` and load the model; returns the process id."""
+        spec = self.spec
+        device = torch.device(spec.device)
+        timeout = timedelta(seconds=timeout_s)
+        store = self.store if rank == 0 else dist.TCPStore(*rendezvous, is_master=False, timeout=timeout)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        mesh = init_device_mesh(device.type, (world_size,), mesh_dim_names=("fsdp",))
+        self.device = device
+        self.model = shard(load_model(spec.model, device, spec.attn_implementation), mesh)
+        self.optimizer = OPTIMIZERS[spec.optimizer.name](self.model.parameters(), spec.optimizer)
+        ramp = max(1, spec.optimizer.warmup_steps)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: min(1.0, (step + 1) / ramp))
+        self.loss = partial(
+            grpo_loss,
+            clip_low=spec.objective.clip_low,
+            clip_high=spec.objective.clip_high,
+            kl_to_ref_coeff=spec.train.kl_to_ref_coeff if spec.train.kl_coef_in_loss else 0.0,
+            kl_to_inference_coeff=spec.train.kl_to_inference_coeff,
+            entropy_coeff=spec.train.entropy_coeff,
+        )
+        self.sender = SharedMemorySender(self.model.named_parameters())
+        return os.getpid()
+
+    def weights_description(self) -> dict:
+        """What engines need to map the weights that `publish` writes."""
+        return self.sender.description()
+
+    def weights_mapped(self) -> None:
+        """Every engine has mapped the weights."""
+        self.sender.unlink()
+
+    def step(self, batch: TensorDict, with_log_probs: bool = False) -> tuple[dict[str, float], torch.Tensor | None]:
+        """One optimiser step on rollouts [B]; returns its metrics and, if asked for, log_probs [B, T] before the step.
+
+        Where every advantage is 0 the weights stay: only the penalties would move them, and the optimiser would scale
+        that noise up to a full step.
+        """
+        micro_batches = batch.to(self.device).chunk(self.spec.train.gradient_accumulation_steps)
+        update = bool(batch["advantage"].any())
+        responses = count(batch["response_mask"])
+        sums: dict[str, torch.Tensor] = {}
+        log_probs = torch.zeros(batch["tokens"].shape) if with_log_probs else None
+        first_row = 0
+        for i, micro_batch in enumerate(micro_batches):
+            self.model.set_requires_gradient_sync(i == len(micro_batches) - 1)
+            micro_batch = trim(micro_batch)
+            with torch.set_grad_enabled(update):
+                current, loss, totals = self._loss(micro_batch)
+            if update:
+                (loss / responses).backward()
+            for name, value in totals.items():
+                sums[name] = sums.get(name, 0.0) + value
+            if log_probs is not None:
+                rows, width = current.shape
+                masked = torch.where(micro_batch["response_mask"], current.detach(), 0.0)
+                log_probs[first_row : first_row + rows, :width] = masked.cpu()
+                first_row += rows
+        metrics = summarise({name: value.item() for name, value in sums.items()}, responses)
+        metrics["train/lr"] = self.schedule.get_last_lr()[0]
+        metrics["train/grad_norm"] = self._optimise() if update else 0.0
+        metrics["train/skipped_updates"] = float(not update)
+        return metrics, log_probs
+
+    def _loss(self, batch: TensorDict) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        log_probs, entropy = token_log_probs(
+            self.model, batch["tokens"], int(batch["prompt_length"].min()), self.spec.temperature
+        )
+        loss, totals = self.loss(
+            log_probs,
+            entropy,
+            batch["inference_log_probs"],
+            batch["reference_log_probs"] if self.spec.uses_reference else None,
+            batch["advantage"],
+            batch["response_mask"],
+        )
+        return log_probs, loss, totals
+
+    def _optimise(self) -> float:
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.optimizer.clip_grad_norm)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def publish(self) -> None:
+        """Write the current weights where the engines read them."""
+        self.sender.write(full_parameters(self.model))
+
+    def export(self, path: Path) -> None:
+        """Write the model and its tokenizer in transformers format."""
+        export(self.model, load_tokenizer(self.spec.model), path)

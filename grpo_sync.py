@@ -1,0 +1,29 @@
+"""Synchronous GRPO: collect, optimise, push, repeat."""
+
+from pathlib import Path
+
+from grpo.config import RunConfig
+from grpo.launch import launch
+
+
+def train(run) -> None:
+    """The algorithm. Staleness is 0; with train.sync_iter=false it is 1, since the next collection runs meanwhile."""
+    for rollouts in run.collections():
+        run.replay_buffer.extend(rollouts)
+        for _ in range(run.config.train.epochs):
+            for batch in run.replay_buffer:
+                run.step(batch)
+        run.push_weights()
+
+
+def main(config: RunConfig, run_dir: Path) -> None:
+    from grpo_utils import build, report  # here, so that a wrong key is answered before torch is imported
+
+    with build(config, run_dir) as run:
+        before = run.evaluate("test")
+        train(run)
+        report(run, run.finish(before))
+
+
+if __name__ == "__main__":
+    launch("sync", "grpo_gsm8k", main)
