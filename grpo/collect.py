@@ -64,10 +64,9 @@ class EnginePool:
         calls = []
         for i, actor in enumerate(self.actors):
             share = requests[i :: len(self.actors)]
-            calls.append(actor.submit.remote(share, seed + i))
-            calls.append(actor.take.remote(len(share) * sampling.num_responses))
+            calls.append(actor.exchange.remote(share, len(share) * sampling.num_responses, seed + i))
         taken = get(calls, self.timeout_s, "the inference actor", f"sampling responses to {len(prompts)} prompts")
-        return Completions.concatenate(taken[1::2]).in_request_order()
+        return Completions.concatenate(taken).in_request_order()
 
     def update_weights(self, version: int) -> None:
         """Have every engine load what the trainer published, and check that it now has `version`."""

@@ -2,9 +2,9 @@
 
 Everything runs on the actor's one event loop, so a weight update happens between two engine steps by construction:
 
-    submit ──> engine.add ─┐
-                           ├─ loop: engine.step() ─> finished responses ─> take
-    update_weights ────────┘         (whenever the engine has work)
+    exchange: requests ──> engine.add ─┐
+                                       ├─ loop: engine.step() ──> finished responses ──> exchange returns
+    update_weights ────────────────────┘       (whenever the engine has work)
 
 An engine (vLLM or transformers) implements `Engine`; the actor adds nothing but the loop.
 """
@@ -12,7 +12,6 @@ An engine (vLLM or transformers) implements `Engine`; the actor adds nothing but
 import asyncio
 import importlib
 import os
-import time
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -98,7 +97,6 @@ class InferenceActor:
         self.num_finished = 0
         self.changed = asyncio.Event()
         self.loop_task: asyncio.Task | None = None
-        self.busy_s = 0.0
 
     async def start(self) -> int:
         """Load the model; returns the process id."""
@@ -108,8 +106,11 @@ class InferenceActor:
     async def connect(self, description: dict) -> None:
         self.engine.connect(description)
 
-    async def submit(self, requests: list[Request], seed: int | None = None) -> None:
-        """Queue `requests`. With `seed`, what they sample depends on it and on them alone; the engine must be idle."""
+    async def exchange(self, requests: list[Request], at_least: int, seed: int | None = None) -> Completions:
+        """Queue `requests`; return the responses finished since the last call, once there are `at_least` of them.
+
+        With `seed`, what the requests sample depends on it and on them alone; the engine must then be idle.
+        """
         if seed is not None:
             assert not self.engine.has_work(), "an engine can be reseeded only while it is idle"
             self.engine.reseed(seed)
@@ -117,20 +118,6 @@ class InferenceActor:
             self.engine.add(request)
         if self.loop_task is None or self.loop_task.done():
             self.loop_task = asyncio.create_task(self._run())
-
-    async def _run(self) -> None:
-        while self.engine.has_work():
-            start = time.perf_counter()
-            finished = self.engine.step()
-            self.busy_s += time.perf_counter() - start
-            if finished is not None:
-                self.finished.append(finished)
-                self.num_finished += len(finished)
-                self.changed.set()
-            await asyncio.sleep(0)  # let submit, take and update_weights in
-
-    async def take(self, at_least: int) -> Completions:
-        """The responses finished since the last call, once there are `at_least` of them."""
         while self.num_finished < at_least:
             self.changed.clear()
             change = asyncio.create_task(self.changed.wait())
@@ -141,6 +128,15 @@ class InferenceActor:
                 assert self.num_finished >= at_least, "more responses were asked for than were requested"
         taken, self.finished, self.num_finished = self.finished, [], 0
         return Completions.concatenate(taken)
+
+    async def _run(self) -> None:
+        while self.engine.has_work():
+            finished = self.engine.step()
+            if finished is not None:
+                self.finished.append(finished)
+                self.num_finished += len(finished)
+                self.changed.set()
+            await asyncio.sleep(0)  # let exchange and update_weights in
 
     async def update_weights(self, version: int) -> int:
         """Load what the trainer last wrote and return the version that the engine now has."""
