@@ -32,17 +32,15 @@ from grpo.tasks import EncodedProblems, Task
 class PromptStream:
     """Which problem comes next: a seeded shuffle of the training problems, a new one each data pass.
 
-    `position` is how many were drawn so far, and all the state there is.
+    `position` is how many were used so far, and all the state there is.
     """
 
     def __init__(self, num_problems: int, seed: int) -> None:
         self.num_problems, self.seed, self.position = num_problems, seed, 0
 
-    def take(self, count: int) -> list[int]:
-        """The next `count` problem indices."""
-        taken = [self._at(self.position + i) for i in range(count)]
-        self.position += count
-        return taken
+    def upcoming(self, count: int) -> list[int]:
+        """The next `count` problem indices; asking does not use them up."""
+        return [self._at(self.position + i) for i in range(count)]
 
     def _at(self, position: int) -> int:
         data_pass, offset = divmod(position, self.num_problems)
@@ -76,7 +74,10 @@ class EnginePool:
 
 
 class PromptEnv(EnvBase):
-    """One-turn environment over [G, K]: a reset draws G prompts, a step grades K responses to each."""
+    """One-turn environment over [G, K]: a reset shows the next G prompts, a step grades K responses to each.
+
+    Only a step moves the stream on, so resets (TorchRL makes one when a collector is built) skip no prompt.
+    """
 
     def __init__(
         self,
@@ -105,7 +106,7 @@ class PromptEnv(EnvBase):
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs) -> TensorDict:
         num_groups = self.batch_size[0]
         first = self.stream.position
-        problem = torch.tensor(self.stream.take(num_groups))
+        problem = torch.tensor(self.stream.upcoming(num_groups))
         group_id = torch.arange(first, first + num_groups)
         columns = {"problem": problem, "group_id": group_id}
         return TensorDict({k: v[:, None].expand(self.batch_size) for k, v in columns.items()}, batch_size=self.batch_size)
@@ -124,6 +125,7 @@ class PromptEnv(EnvBase):
             batch_size=self.batch_size,
         )
         self.records = records
+        self.stream.position += self.batch_size[0]
         return result
 
     def _grade(self, rollouts: TensorDictBase) -> list[GroupRecord]:

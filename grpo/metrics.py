@@ -168,9 +168,11 @@ class RunLog:
         if config.wandb:
             import wandb
 
-            has_key = "WANDB_API_KEY" in os.environ or wandb.api.api_key is not None
-            mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
-            self.wandb = wandb.init(project=config.project, name=name, mode=mode, dir=run_dir, config=settings)
+            mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
+            quiet = wandb.Settings(quiet=True, console="off")
+            self.wandb = wandb.init(
+                project=config.project, name=name, mode=mode, dir=run_dir, config=settings, settings=quiet
+            )
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -226,6 +228,6 @@ class RunLog:
         self.metrics_file.close()
         self.rollouts_file.close()
         if self.wandb is not None:
-            self.wandb.finish(quiet=True)
+            self.wandb.finish()
         if self.tensorboard is not None:
             self.tensorboard.close()

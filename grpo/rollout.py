@@ -86,17 +86,17 @@ def length_mask(start: torch.Tensor, length: torch.Tensor, size: int) -> torch.T
 def pack(prompts: list[list[int]], completions: Completions) -> TensorDict:
     """Dense rollouts [N] from one prompt a rollout and its completion; keys up to `stopped` of the contract."""
     prompt_length = torch.tensor([len(prompt) for prompt in prompts])
-    response_length = torch.from_numpy(completions.length)
+    response_length = torch.tensor(completions.length)
     size = int((prompt_length + response_length).max())
     prompt_mask = length_mask(torch.zeros_like(prompt_length), prompt_length, size)
     response_mask = length_mask(prompt_length, response_length, size)
     tokens = torch.zeros(len(prompts), size, dtype=torch.int64)
     tokens[prompt_mask] = torch.tensor([token for prompt in prompts for token in prompt])
-    tokens[response_mask] = torch.from_numpy(completions.tokens)
+    tokens[response_mask] = torch.tensor(completions.tokens)
     log_probs = torch.zeros(len(prompts), size)
-    log_probs[response_mask] = torch.from_numpy(completions.log_probs)
+    log_probs[response_mask] = torch.tensor(completions.log_probs)
     versions = torch.zeros(len(prompts), size, dtype=torch.int32)
-    versions[response_mask] = torch.from_numpy(completions.versions)
+    versions[response_mask] = torch.tensor(completions.versions)
     oldest = versions.masked_fill(~response_mask, torch.iinfo(torch.int32).max).amin(1).long()
     return TensorDict(
         tokens=tokens,
@@ -106,7 +106,7 @@ def pack(prompts: list[list[int]], completions: Completions) -> TensorDict:
         inference_log_probs=log_probs,
         token_versions=versions,
         policy_version=oldest,
-        stopped=torch.from_numpy(completions.stopped),
+        stopped=torch.tensor(completions.stopped),
         batch_size=[len(prompts)],
     )
 

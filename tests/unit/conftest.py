@@ -1,0 +1,76 @@
+"""Shared by the unit tests: a tiny Qwen2 with random weights, and ragged rollouts for it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensordict import TensorDict
+from transformers import PreTrainedModel, Qwen2ForCausalLM
+
+from grpo.builtin import Recipe, make_config, make_tokenizer
+from grpo.models import load_model
+from grpo.rollout import Completions, pack
+
+TINY = Recipe(hidden_size=16, layers=2, heads=2, kv_heads=1, feed_forward=32)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Models this small are slower with more, most of all where other work shares the cores."""
+    torch.set_num_threads(1)
+
+
+def tiny_model(seed: int = 0) -> PreTrainedModel:
+    """Random weights, large enough that distributions are far from uniform."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2ForCausalLM(make_config(TINY, make_tokenizer())).float().eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(scope="session")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A directory in transformers format."""
+    path = tmp_path_factory.mktemp("tiny-model")
+    tiny_model().save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def model(model_path: str) -> PreTrainedModel:
+    return load_model(model_path, CPU)
+
+
+def completions(lengths: list[int], seed: int = 0, vocabulary: int = 52) -> Completions:
+    """Random responses of these lengths; token 0, the pad token, is among them."""
+    rng = np.random.default_rng(seed)
+    total = sum(lengths)
+    return Completions(
+        request_id=np.arange(len(lengths)),
+        length=np.array(lengths),
+        stopped=rng.random(len(lengths)) < 0.5,
+        tokens=rng.integers(0, vocabulary, total),
+        log_probs=(-3 * rng.random(total)).astype(np.float32),
+        versions=np.zeros(total, dtype=np.int32),
+    )
+
+
+def ragged_rollouts(seed: int = 0) -> TensorDict:
+    """8 rollouts in groups of 2 with prompts and responses of many lengths, and everything a training step reads."""
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(0, 52, size).tolist() for size in (3, 3, 9, 9, 4, 4, 2, 2)]
+    batch = pack(prompts, completions([1, 6, 2, 3, 11, 5, 4, 9], seed))
+    batch["advantage"] = torch.tensor([1.5, -0.5, 0.7, -0.7, 0.0, 2.0, -1.2, 0.3])
+    noise = torch.from_numpy(rng.normal(0, 0.5, batch["tokens"].shape)).float()
+    batch["reference_log_probs"] = torch.where(batch["response_mask"], batch["inference_log_probs"] + noise, 0.0)
+    return batch
+
+
+def file_names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())

@@ -1,0 +1,145 @@
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from grpo.builtin import make_config, make_tokenizer
+from grpo.errors import ConfigError
+from grpo.models import full_parameters, load_model, load_tokenizer, num_parameters, read_config, score, token_log_probs
+
+from .conftest import CPU, TINY, ragged_rollouts
+
+
+def naive(model, row: list[int], temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs of `row`'s tokens and entropies [T], from a forward pass over that row alone; position 0 has none."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([row])).logits[0].double() / temperature
+    distribution = logits.log_softmax(-1)
+    log_probs = [0.0] + [float(distribution[t - 1, row[t]]) for t in range(1, len(row))]
+    entropy = [0.0] + [float(-(distribution[t - 1].exp() * distribution[t - 1]).sum()) for t in range(1, len(row))]
+    return torch.tensor(log_probs), torch.tensor(entropy)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 2.0])
+def test_log_probs_and_entropies_are_those_of_the_tempered_softmax_at_each_tokens_own_position(model, temperature):
+    rows = [[4, 0, 17, 30, 0, 51], [7, 7, 2, 0, 0, 1]]
+    log_probs, entropy = token_log_probs(model, torch.tensor(rows), 1, temperature)
+    for i, row in enumerate(rows):
+        expected_log_probs, expected_entropy = naive(model, row, temperature)
+        assert torch.allclose(log_probs[i], expected_log_probs, atol=1e-5)
+        assert torch.allclose(entropy[i], expected_entropy, atol=1e-5)
+    assert log_probs.std() > 0.1  # far from uniform, so that a shifted position would be seen
+    assert log_probs.dtype == entropy.dtype == torch.float32
+
+
+@pytest.mark.parametrize("first", [1, 2, 4, 5])
+def test_first_only_leaves_out_what_comes_before_it(model, first):
+    tokens = torch.tensor([[4, 0, 17, 30, 0, 51], [7, 7, 2, 0, 0, 1]])
+    whole = token_log_probs(model, tokens, 1, 0.7)
+    for part, all_of_it in zip(token_log_probs(model, tokens, first, 0.7), whole, strict=True):
+        assert torch.allclose(part[:, first:], all_of_it[:, first:], atol=1e-6)
+        assert not part[:, :first].any()
+
+
+def test_padding_on_the_right_changes_no_real_token(model):
+    batch = ragged_rollouts()
+    log_probs, entropy = token_log_probs(model, batch["tokens"], 1, 1.0)
+    padded = torch.nn.functional.pad(batch["tokens"], (0, 5), value=23)
+    log_probs_padded, entropy_padded = token_log_probs(model, padded, 1, 1.0)
+    lengths = (batch["prompt_length"] + batch["response_length"]).tolist()
+    for i, length in enumerate(lengths):
+        expected_log_probs, expected_entropy = naive(model, batch["tokens"][i, :length].tolist(), 1.0)
+        for values in (log_probs, log_probs_padded):
+            assert torch.allclose(values[i, :length], expected_log_probs, atol=1e-5)
+        for values in (entropy, entropy_padded):
+            assert torch.allclose(values[i, :length], expected_entropy, atol=1e-5)
+
+
+def test_the_gradient_of_log_probs_reaches_the_weights(model):
+    tokens = torch.tensor([[4, 0, 17, 30]])
+    weight = model.model.embed_tokens.weight
+    log_probs, _ = token_log_probs(model, tokens, 2, 1.0)
+    (gradient,) = torch.autograd.grad(log_probs.sum(), weight)
+    step = torch.zeros_like(weight)
+    step[17, 3] = 1e-2
+    with torch.no_grad():
+        weight += step
+        up = token_log_probs(model, tokens, 2, 1.0)[0].sum()
+        weight -= 2 * step
+        down = token_log_probs(model, tokens, 2, 1.0)[0].sum()
+    assert float(gradient[17, 3]) == pytest.approx(float(up - down) / 2e-2, rel=1e-2)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 8, 100])
+def test_scoring_does_not_depend_on_the_micro_batch(model, micro_batch):
+    batch = ragged_rollouts()
+    inputs = (batch["tokens"], batch["prompt_length"], batch["response_mask"])
+    scored = score(model, *inputs, temperature=0.8, micro_batch=micro_batch)
+    log_probs = token_log_probs(model, batch["tokens"], 1, 0.8)[0]
+    assert torch.allclose(scored, torch.where(batch["response_mask"], log_probs, 0.0), atol=1e-5)
+    assert not scored[~batch["response_mask"]].any()
+    assert not scored.requires_grad
+
+
+def test_a_missing_directory_is_a_config_error_that_names_it(tmp_path):
+    for name in (str(tmp_path / "nowhere"), "./nowhere", "a/b/c"):
+        with pytest.raises(ConfigError, match=rf"model.name \({name}\): there is no such directory"):
+            read_config(name)
+
+
+def test_a_directory_without_a_model_is_a_config_error_in_one_line(tmp_path):
+    with pytest.raises(ConfigError, match="is not a model that can be read") as raised:
+        read_config(str(tmp_path))
+    assert "\n" not in str(raised.value)
+    assert str(tmp_path) in str(raised.value)
+
+
+def test_read_config_gives_the_architecture(model_path):
+    config = read_config(model_path)
+    assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (16, 2, len(make_tokenizer()))
+
+
+def test_a_loaded_model_is_in_float32_and_evaluation_mode(tmp_path):
+    config = make_config(TINY, make_tokenizer())
+    config.attention_dropout = 0.5
+    Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), CPU)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    tokens = torch.tensor([[4, 0, 17, 30]])
+    first, second = (token_log_probs(model, tokens, 1, 1.0)[0] for _ in range(2))
+    assert torch.equal(first, second)  # no dropout
+    assert torch.equal(token_log_probs(model.train(), tokens, 1, 1.0)[0], first) is False
+
+
+def test_full_parameters_lists_tied_weights_once_under_their_transformers_names(model, model_path):
+    listed = dict(full_parameters(model))
+    assert len(listed) == len(list(full_parameters(model)))
+    assert "model.embed_tokens.weight" in listed
+    assert "lm_head.weight" not in listed
+    plain = AutoModelForCausalLM.from_pretrained(model_path).state_dict()
+    assert listed.keys() == plain.keys() - {"lm_head.weight"}
+    for name, tensor in listed.items():
+        assert torch.equal(tensor, plain[name])
+        assert not tensor.requires_grad
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_num_parameters_is_the_real_count_with_tied_ones_once(tied):
+    config = make_config(TINY, make_tokenizer())
+    config.tie_word_embeddings = tied
+    real = {id(p): p.numel() for p in Qwen2ForCausalLM(config).parameters()}
+    assert num_parameters(config) == sum(real.values())
+    vocabulary = config.vocab_size * config.hidden_size
+    # Attention: q and o are 16 x 16, k and v 16 x 8, with biases on q, k, v; three matrices of 16 x 32; two norms.
+    layer = 2 * 256 + 2 * 128 + 16 + 8 + 8 + 3 * 512 + 2 * 16
+    assert num_parameters(config) == vocabulary * (1 if tied else 2) + 2 * layer + 16
+
+
+def test_num_parameters_of_a_large_model_allocates_nothing():
+    config = Qwen2Config(hidden_size=8192, num_hidden_layers=80, num_attention_heads=64, intermediate_size=29568)
+    assert num_parameters(config) > 50e9
+
+
+def test_the_tokenizer_is_loaded_with_its_template(model_path):
+    tokenizer = load_tokenizer(model_path)
+    assert tokenizer.get_vocab() == make_tokenizer().get_vocab()
+    assert tokenizer.chat_template == make_tokenizer().chat_template

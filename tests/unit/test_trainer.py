@@ -1,0 +1,266 @@
+"""The training actor as a plain object: one rank, no Ray cluster."""
+
+import math
+import os
+from dataclasses import replace
+
+import pytest
+import ray
+import torch
+import torch.distributed as dist
+from tensordict import TensorDict
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from grpo.config import ObjectiveConfig, OptimizerConfig, TrainConfig
+from grpo.models import full_parameters, load_model, token_log_probs
+from grpo.trainer import TrainerActor, TrainerSpec
+from grpo.weight_sync import SharedMemoryReceiver
+
+from .conftest import CPU, ragged_rollouts
+
+PENALTIES = {"kl_to_ref_coeff": 0.3, "kl_to_inference_coeff": 0.1, "entropy_coeff": 0.02}
+LARGE_STEPS = OptimizerConfig(name="sgd", lr=0.5, warmup_steps=0, clip_grad_norm=1e9)
+
+
+@pytest.fixture
+def make_trainer(model_path, monkeypatch):
+    """Start a trainer; the one before it ends."""
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    started: list[TrainerActor] = []
+
+    def stop() -> None:
+        if started:
+            sender = started.pop().sender
+            if os.path.exists(sender.path):
+                sender.unlink()
+            dist.destroy_process_group()
+
+    def make(optimizer: OptimizerConfig = LARGE_STEPS, uses_reference: bool = True, **train) -> TrainerActor:
+        stop()
+        spec = TrainerSpec(
+            model=model_path,
+            attn_implementation="eager",
+            device="cpu",
+            temperature=0.9,
+            objective=ObjectiveConfig(),
+            train=TrainConfig(**(PENALTIES | train)),
+            optimizer=optimizer,
+            uses_reference=uses_reference,
+        )
+        trainer = TrainerActor(spec)
+        assert trainer.start(0, 1, trainer.open_rendezvous(), 60.0) == os.getpid()
+        started.append(trainer)
+        return trainer
+
+    yield make
+    stop()
+
+
+def weights(trainer: TrainerActor) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in full_parameters(trainer.model)}
+
+
+def largest_difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    assert first.keys() == second.keys()
+    return max(float((first[name] - second[name]).detach().abs().max()) for name in first)
+
+
+def on_policy(batch: TensorDict, model) -> TensorDict:
+    """The batch as if `model` had sampled it, give or take some noise that keeps most ratios inside the clip."""
+    with torch.no_grad():
+        log_probs, _ = token_log_probs(model, batch["tokens"], 1, 0.9)
+    noise = 0.2 * torch.randn(log_probs.shape, generator=torch.Generator().manual_seed(0))
+    batch["inference_log_probs"] = torch.where(batch["response_mask"], log_probs + noise, 0.0)
+    batch["reference_log_probs"] = torch.where(batch["response_mask"], log_probs - noise, 0.0)
+    return batch
+
+
+@pytest.fixture
+def batch(model) -> TensorDict:
+    return on_policy(ragged_rollouts(), model)
+
+
+def plain_loss(model, batch: TensorDict) -> torch.Tensor:
+    """The documented loss, token by token, row by row, without padding."""
+    total = 0.0
+    for row in batch:
+        start, length = int(row["prompt_length"]), int(row["response_length"])
+        tokens = row["tokens"][: start + length]
+        distribution = (model(input_ids=tokens[None]).logits[0] / 0.9).log_softmax(-1)
+        for t in range(start, start + length):
+            current = distribution[t - 1, tokens[t]]
+            ratio = (current - row["inference_log_probs"][t]).exp()
+            advantage = row["advantage"]
+            surrogate = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+            delta = row["reference_log_probs"][t] - current
+            entropy = -(distribution[t - 1].exp() * distribution[t - 1]).sum()
+            term = -surrogate + 0.3 * (delta.exp() - 1 - delta)
+            total = total + (term + 0.1 * (row["inference_log_probs"][t] - current) - 0.02 * entropy) / length
+    return total / len(batch)
+
+
+def test_a_step_is_gradient_descent_on_the_documented_loss(make_trainer, model, batch):
+    trainer = make_trainer()
+    start = weights(trainer)
+    metrics, log_probs = trainer.step(batch)
+    loss = plain_loss(model, batch)
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients.values()))
+    expected = {name: start[name] - 0.5 * gradients[name] for name in start}
+    assert largest_difference(weights(trainer), expected) < 1e-5
+    assert largest_difference(weights(trainer), start) > 1e-2
+    assert metrics["train/loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert metrics["train/grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert metrics["train/skipped_updates"] == 0
+    assert log_probs is None
+
+
+def test_micro_batches_take_the_step_of_the_whole_batch(make_trainer, batch):
+    results = {}
+    for accumulation in (1, 2, 4, 8):
+        trainer = make_trainer(gradient_accumulation_steps=accumulation)
+        start = weights(trainer)
+        metrics, log_probs = trainer.step(batch, with_log_probs=True)
+        results[accumulation] = weights(trainer), metrics, log_probs
+        assert largest_difference(results[accumulation][0], start) > 1e-2
+    whole = results.pop(1)
+    for after, metrics, log_probs in results.values():
+        assert largest_difference(after, whole[0]) < 1e-6
+        assert metrics == pytest.approx(whole[1], rel=1e-4, abs=1e-6)
+        assert torch.allclose(log_probs, whole[2], atol=1e-5)
+
+
+def test_gradients_do_not_leak_from_one_step_into_the_next(make_trainer, batch):
+    trainer = make_trainer(replace(LARGE_STEPS, lr=1e-9))
+    first, _ = trainer.step(batch)
+    second, _ = trainer.step(batch)
+    assert second["train/grad_norm"] == pytest.approx(first["train/grad_norm"], rel=1e-4)
+
+
+def test_padding_and_permutation_do_not_change_the_step(make_trainer, batch):
+    trainer = make_trainer(gradient_accumulation_steps=2)
+    trainer.step(batch)
+    expected = weights(trainer)
+    changed = batch[torch.tensor([5, 2, 7, 0, 1, 6, 3, 4])]
+    for key in ("tokens", "response_mask", "inference_log_probs", "reference_log_probs", "token_versions"):
+        changed[key] = torch.nn.functional.pad(changed[key], (0, 6))
+    trainer = make_trainer(gradient_accumulation_steps=2)
+    trainer.step(changed)
+    assert largest_difference(weights(trainer), expected) < 1e-6
+
+
+def test_a_batch_without_advantages_leaves_the_weights_bit_equal_and_is_counted(make_trainer, batch):
+    trainer = make_trainer(OptimizerConfig(name="adamw", lr=0.1, weight_decay=0.1, warmup_steps=4))
+    start = weights(trainer)
+    signal = batch["advantage"]
+    batch["advantage"] = torch.zeros(8)
+    metrics, log_probs = trainer.step(batch, with_log_probs=True)
+    after = weights(trainer)
+    assert all(torch.equal(after[name], start[name]) for name in start)
+    assert metrics["train/skipped_updates"] == 1
+    assert metrics["train/grad_norm"] == 0
+    assert metrics["train/kl_to_reference"] > 0  # what would have moved them
+    assert log_probs[batch["response_mask"]].any()
+    # The schedule did not move on either.
+    batch["advantage"] = signal
+    metrics, _ = trainer.step(batch)
+    assert metrics["train/lr"] == pytest.approx(0.1 / 4)
+    assert metrics["train/skipped_updates"] == 0
+    assert largest_difference(weights(trainer), start) > 1e-3
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_returned_log_probs_are_those_of_the_model_before_the_step(make_trainer, model_path, batch, accumulation):
+    trainer = make_trainer(gradient_accumulation_steps=accumulation)
+    before = load_model(model_path, CPU)
+    trainer.step(batch)
+    middle = {name: tensor.clone() for name, tensor in full_parameters(trainer.model)}
+    _, log_probs = trainer.step(batch, with_log_probs=True)
+    before.load_state_dict(middle, strict=False)
+    with torch.no_grad():
+        expected, _ = token_log_probs(before, batch["tokens"], 1, 0.9)
+    assert torch.allclose(log_probs, torch.where(batch["response_mask"], expected, 0.0), atol=1e-5)
+    _, later = trainer.step(batch, with_log_probs=True)
+    assert (later - log_probs).abs().max() > 1e-2
+
+
+def test_the_learning_rate_ramps_up_linearly_and_then_stays(make_trainer, batch):
+    trainer = make_trainer(OptimizerConfig(name="sgd", lr=0.4, warmup_steps=4, clip_grad_norm=1e9))
+    rates, moved = [], []
+    for _ in range(6):
+        start = weights(trainer)
+        metrics, _ = trainer.step(batch)
+        rates.append(metrics["train/lr"])
+        squares = sum(float((tensor - start[name]).double().square().sum()) for name, tensor in weights(trainer).items())
+        moved.append(math.sqrt(squares) / metrics["train/grad_norm"])
+    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
+    assert moved == pytest.approx(rates, rel=1e-3)  # the rate that is reported is the one used
+
+
+def test_gradients_are_clipped_to_the_norm_and_the_norm_before_is_reported(make_trainer, batch):
+    trainer = make_trainer(OptimizerConfig(name="sgd", lr=1.0, warmup_steps=0, clip_grad_norm=0.01))
+    start = weights(trainer)
+    metrics, _ = trainer.step(batch)
+    squares = sum(float((tensor - start[name]).double().square().sum()) for name, tensor in weights(trainer).items())
+    assert metrics["train/grad_norm"] > 0.1
+    assert math.sqrt(squares) == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam"])
+def test_the_adaptive_optimisers_move_each_weight_by_the_learning_rate_at_first(make_trainer, batch, name):
+    trainer = make_trainer(OptimizerConfig(name=name, lr=0.01, warmup_steps=0))
+    start = weights(trainer)
+    trainer.step(batch)
+    after = weights(trainer)
+    moved = (after["model.norm.weight"] - start["model.norm.weight"]).abs()
+    assert moved.tolist() == pytest.approx([0.01] * 16, rel=1e-2)
+
+
+def test_without_a_reference_its_term_and_metric_are_gone(make_trainer, batch):
+    with_reference = make_trainer()
+    with_reference.step(batch)
+    expected = weights(with_reference)
+    trainer = make_trainer(uses_reference=False)
+    metrics, _ = trainer.step(batch.exclude("reference_log_probs"))
+    assert "train/kl_to_reference" not in metrics
+    assert largest_difference(weights(trainer), expected) > 1e-4
+
+
+def test_a_reference_term_in_the_reward_is_not_in_the_loss_too_but_is_measured(make_trainer, batch):
+    trainer = make_trainer(kl_coef_in_loss=False)
+    metrics, _ = trainer.step(batch)
+    in_reward = weights(trainer)
+    assert metrics["train/kl_to_reference"] > 0
+    trainer = make_trainer(kl_to_ref_coeff=0.0)
+    trainer.step(batch)
+    assert largest_difference(weights(trainer), in_reward) == 0
+
+
+def test_publish_writes_the_stepped_weights_to_the_shared_memory(make_trainer, batch):
+    trainer = make_trainer()
+    receiver = SharedMemoryReceiver(**trainer.weights_description())
+    trainer.weights_mapped()
+    assert not os.path.exists(trainer.sender.path)
+    start = weights(trainer)
+    trainer.publish()
+    assert largest_difference(dict(receiver.parameters()), start) == 0
+    trainer.step(batch)
+    assert largest_difference(dict(receiver.parameters()), start) == 0  # engines see a step only once it is published
+    trainer.publish()
+    assert largest_difference(dict(receiver.parameters()), weights(trainer)) == 0
+    assert largest_difference(weights(trainer), start) > 1e-2
+
+
+def test_the_exported_model_reloads_with_the_stepped_weights(make_trainer, batch, tmp_path):
+    trainer = make_trainer()
+    start = weights(trainer)
+    trainer.step(batch)
+    trainer.export(tmp_path / "model")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    assert largest_difference(dict(reloaded.named_parameters()), weights(trainer)) == 0
+    assert largest_difference(dict(reloaded.named_parameters()), start) > 1e-2
+    assert reloaded.lm_head.weight is reloaded.model.embed_tokens.weight
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert tokenizer("1+2=3")["input_ids"] == AutoTokenizer.from_pretrained(trainer.spec.model)("1+2=3")["input_ids"]
+    trainer.step(batch)  # exporting leaves the trainer able to go on
