@@ -1,0 +1,93 @@
+"""Does GRPO learn, and from the rewards? Three seeds of grpo_arithmetic, a control, and the supervised ceiling.
+
+    python benchmarks/learning.py              # writes benchmarks/results/learning.json
+
+The runs are grpo_sync.py as users start it. The control is the same command with rewards shuffled between responses. The
+ceiling is the built-in recipe trained on right demonstrations alone, on the same warm-up prompts.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+
+import torch
+from machine import describe
+
+from grpo import builtin
+from grpo.config import EnvConfig
+from grpo.tasks import load
+from grpo.tasks.arithmetic import question, split_expressions
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "learning.json"
+
+
+def interval(share: float, n: int) -> list[float]:
+    """Wilson's 95% interval of a share of `n` trials."""
+    z = 1.959964
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * ((share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5)
+    return [round(centre - half, 4), round(centre + half, 4)]
+
+
+def train(*overrides: str) -> dict:
+    """One run of the script; its summary, with the command that made it."""
+    command = ["grpo_sync.py", "--config-name", "grpo_arithmetic", "logging.progress=false", *overrides]
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, *command, f"hydra.run.dir={folder}"], cwd=ROOT, check=True)
+        summary = json.loads((Path(folder) / "summary.json").read_text())
+    for when in ("before", "after"):
+        result = summary["eval"][when]
+        result["interval_95"] = interval(result["accuracy"], result["n"])
+    kept = ("eval", "steps", "samples_trained", "wall_s", "samples_per_s", "phases_s")
+    return {"command": " ".join(["python", *command])} | {key: summary[key] for key in kept}
+
+
+def ceiling() -> dict:
+    """Greedy test accuracy of the built-in recipe when every demonstration is right."""
+    recipe = replace(builtin.Recipe(), right_share=1.0)
+    tokenizer = builtin.make_tokenizer()
+    torch.manual_seed(recipe.seed)
+    model = builtin.Qwen2ForCausalLM(builtin.make_config(recipe, tokenizer)).float()
+    splits, task = split_expressions(), load(EnvConfig(dataset="arithmetic"))
+    builtin.supervise(model, tokenizer, splits["warm_up"], recipe)
+    problems, right = task.problems("test"), 0
+    tokenizer.padding_side = "left"
+    for first in range(0, len(problems), 250):
+        part = problems[first : first + 250]
+        texts = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": p.question}], add_generation_prompt=True, tokenize=False
+            )
+            for p in part
+        ]
+        inputs = tokenizer(texts, return_tensors="pt", padding=True)
+        output = model.generate(**inputs, max_new_tokens=24, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        answers = tokenizer.batch_decode(output, skip_special_tokens=True)
+        right += sum(task.grade(problem, text).correct for problem, text in zip(part, answers, strict=True))
+    share = right / len(problems)
+    assert question(splits["test"][0]) == problems[0].question
+    return {"accuracy": share, "n": len(problems), "interval_95": interval(share, len(problems))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    arguments = parser.parse_args()
+    results = {"date": date.today().isoformat(), "machine": describe(), "runs": []}
+    for seed in arguments.seeds:
+        results["runs"].append({"seed": seed} | train(f"seed={seed}"))
+    results["control_shuffled_rewards"] = train("seed=0", "env.reward_fn=benchmarks/shuffled_rewards.py:shuffled")
+    results["ceiling_supervised_right_demonstrations"] = ceiling()
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+    print(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()
