@@ -113,13 +113,13 @@ def demonstration_loss(model, expressions: list) -> float:
 def test_a_short_warm_up_lowers_the_loss_of_expressions_it_did_not_see():
     torch.manual_seed(0)
     tokenizer, expressions = make_tokenizer(), some_expressions(220)
-    recipe = builtin.Recipe(steps=30, batch_size=16, hidden_size=32, layers=1, heads=2, kv_heads=1, feed_forward=64)
+    recipe = builtin.Recipe(steps=60, batch_size=16, hidden_size=32, layers=1, heads=2, kv_heads=1, feed_forward=64)
     model = Qwen2ForCausalLM(make_config(recipe, tokenizer)).float()
     before = demonstration_loss(model, expressions[:20])
     supervise(model, tokenizer, expressions[20:], recipe, log=lambda line: None)
     after = demonstration_loss(model, expressions[:20])
     assert before > 3.5  # near ln(53): nothing is known yet
-    assert after < 0.75 * before
+    assert after < 0.7 * before
     assert not model.training
 
 

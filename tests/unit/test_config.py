@@ -1,0 +1,315 @@
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from grpo.config import RENAMED, RunConfig, TrainConfig, check_keys, known_keys
+from grpo.errors import ConfigError
+from grpo.launch import CONFIG_DIR, compose
+
+ROOT = CONFIG_DIR.parent
+ARITHMETIC = "grpo_arithmetic"
+
+
+def refused(*overrides: str, config_name: str = ARITHMETIC) -> str:
+    """The message that `overrides` end in."""
+    with pytest.raises(ConfigError) as raised:
+        compose(config_name, list(overrides))
+    message = str(raised.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIG_DIR.glob("*.yaml")))
+def test_every_shipped_configuration_composes(name):
+    config = compose(name, [])
+    assert isinstance(config, RunConfig)
+    assert isinstance(config.train, TrainConfig)
+    assert config.train.buffer_size == config.train.dialog_turns_per_batch
+    assert config.num_steps > 0
+
+
+@pytest.mark.parametrize("group", sorted(path.name for path in CONFIG_DIR.iterdir() if path.is_dir()))
+def test_every_option_of_every_group_composes(group):
+    for option in (CONFIG_DIR / group).glob("*.yaml"):
+        assert isinstance(compose(ARITHMETIC, [f"{group}={option.stem}"]), RunConfig)
+
+
+def test_yaml_values_and_overrides_arrive():
+    config = compose(ARITHMETIC, ["train.epochs=3", "optimizer.betas=[0.8,0.95]", "env.data=x.jsonl"])
+    assert (config.env.dataset, config.env.repeats, config.model.name) == ("arithmetic", 8, "builtin/arithmetic")
+    assert config.train.epochs == 3
+    assert list(config.optimizer.betas) == [0.8, 0.95]
+    assert config.env.data == "x.jsonl"
+
+
+SYNC_SIZES = ["train.total_dialog_turns=96", "train.dialog_turns_per_batch=48", "train.optim_batch_size=48"]
+
+# What is typed, and the message: key, value and rule.
+BAD_VALUES = [
+    (["env.num_envs=0"], "env.num_envs (0) must be at least 1"),
+    (["env.max_prompt_length=0"], "env.max_prompt_length (0) must be at least 1"),
+    (["env.validation_size=0"], "env.validation_size (0) must be at least 1"),
+    (["env.test_size=-3"], "env.test_size (-3) must be at least 1"),
+    (["env.repeats=1"], "env.repeats (1) must be at least 2: advantages compare the responses of a group"),
+    (["env.reward_fn=mine"], "env.reward_fn (mine) must be PATH.py:FUNCTION"),
+    (["env.reward_fn=mine.py"], "env.reward_fn (mine.py) must be PATH.py:FUNCTION"),
+    (["env.reward_fn='mine.py:'"], "env.reward_fn (mine.py:) must be PATH.py:FUNCTION"),
+    (["train_model.num_devices=2"], "train_model.num_devices (2) must be 1"),
+    (["ref_model.num_devices=0"], "ref_model.num_devices (0) must be 1"),
+    (["inference_model.num_devices=2"], "inference_model.num_devices (2) must be 1"),
+    (["inference_model.backend=tgi"], "inference_model.backend (tgi) must be one of vllm, transformers"),
+    (["inference_model.max_tokens=0"], "inference_model.max_tokens (0) must be at least 1"),
+    (["inference_model.temperature=0"], "inference_model.temperature (0.0) must be above 0"),
+    (["inference_model.temperature=-1"], "inference_model.temperature (-1.0) must be above 0"),
+    (["inference_model.temperature=nan"], "inference_model.temperature (nan) must be above 0"),
+    (["inference_model.top_p=0"], "inference_model.top_p (0.0) must be in (0, 1]"),
+    (["inference_model.top_p=1.1"], "inference_model.top_p (1.1) must be in (0, 1]"),
+    (
+        ["inference_model.top_p=0.9", "inference_model.temperature=0.7"],
+        "inference_model.top_p (0.9) must be 1 where temperature (0.7) is not 1",
+    ),
+    (["inference_model.gpu_memory_utilization=0"], "inference_model.gpu_memory_utilization (0.0) must be in (0, 1]"),
+    (["inference_model.gpu_memory_utilization=2"], "inference_model.gpu_memory_utilization (2.0) must be in (0, 1]"),
+    (["objective.name=ppo"], "objective.name (ppo) must be one of grpo"),
+    (["objective.clip_low=0"], "objective.clip_low (0.0) must be in (0, 1]"),
+    (["objective.clip_low=1.5"], "objective.clip_low (1.5) must be in (0, 1]"),
+    (["objective.clip_high=0"], "objective.clip_high (0.0) must be above 0"),
+    (["objective.clip_high=inf"], "objective.clip_high (inf) must be above 0"),
+    (["train.total_dialog_turns=0"], "train.total_dialog_turns (0) must be at least 1"),
+    (["train.dialog_turns_per_batch=0"], "train.dialog_turns_per_batch (0) must be at least 1"),
+    (["train.epochs=0"], "train.epochs (0) must be at least 1"),
+    (["train.optim_batch_size=0"], "train.optim_batch_size (0) must be at least 1"),
+    (["train.gradient_accumulation_steps=0"], "train.gradient_accumulation_steps (0) must be at least 1"),
+    (["train.kl_to_ref_coeff=-0.1"], "train.kl_to_ref_coeff (-0.1) must be at least 0"),
+    (["train.kl_to_ref_coeff=nan"], "train.kl_to_ref_coeff (nan) must be at least 0"),
+    (["train.kl_to_inference_coeff=-1"], "train.kl_to_inference_coeff (-1.0) must be at least 0"),
+    (["train.kl_to_inference_coeff=inf"], "train.kl_to_inference_coeff (inf) must be at least 0"),
+    (["train.entropy_coeff=-1"], "train.entropy_coeff (-1.0) must be at least 0"),
+    (["train.eval_frequency=-1"], "train.eval_frequency (-1) must be at least 0"),
+    (["optimizer.name=lion"], "optimizer.name (lion) must be one of adamw, adam, sgd"),
+    (["optimizer.lr=0"], "optimizer.lr (0.0) must be above 0"),
+    (["optimizer.lr=inf"], "optimizer.lr (inf) must be above 0"),
+    (["optimizer.lr=nan"], "optimizer.lr (nan) must be above 0"),
+    (["optimizer.weight_decay=-1"], "optimizer.weight_decay (-1.0) must be at least 0"),
+    (["optimizer.warmup_steps=-1"], "optimizer.warmup_steps (-1) must be at least 0"),
+    (["optimizer.clip_grad_norm=0"], "optimizer.clip_grad_norm (0.0) must be above 0"),
+    (["optimizer.betas=[0.9,1.0]"], "optimizer.betas ([0.9, 1.0]) must each be in [0, 1)"),
+    (["optimizer.betas=[-0.1,0.9]"], "optimizer.betas ([-0.1, 0.9]) must each be in [0, 1)"),
+    (["ray.start_timeout_s=0"], "ray.start_timeout_s (0.0) must be at least 1"),
+    (["ray.timeout_s=0.5"], "ray.timeout_s (0.5) must be at least 1"),
+    (["ray.timeout_s=inf"], "ray.timeout_s (inf) must be at least 1"),
+    (["ray.object_store_memory=1000"], "ray.object_store_memory (1000) must be at least 83886080"),
+    (["logging.logging_frequency=0"], "logging.logging_frequency (0) must be at least 1"),
+    (["mode=offline"], "mode (offline) must be one of sync, async"),
+    (["device=tpu"], "device (tpu) must be one of auto, cpu, cuda, mps"),
+    (["seed=-1"], "seed (-1) must be at least 0"),
+    # across keys
+    (
+        ["train.dialog_turns_per_batch=500"],
+        "train.dialog_turns_per_batch (500) must be a multiple of env.repeats (8)",
+    ),
+    (["train.optim_batch_size=12"], "train.optim_batch_size (12) must be a multiple of env.repeats (8)"),
+    (
+        ["train.optim_batch_size=384"],
+        "train.dialog_turns_per_batch (512) must be a multiple of train.optim_batch_size (384)",
+    ),
+    (
+        ["train.total_dialog_turns=1000"],
+        "train.total_dialog_turns (1000) must be a multiple of train.dialog_turns_per_batch (512)",
+    ),
+    (
+        [*SYNC_SIZES, "train.gradient_accumulation_steps=5"],
+        "train.optim_batch_size (48) must be a multiple of train.gradient_accumulation_steps (5)",
+    ),
+    (
+        ["train.buffer_size=1024"],
+        "train.buffer_size (1024) must equal train.dialog_turns_per_batch (512) in sync mode",
+    ),
+    (["device=mps"], "device (mps) needs inference_model.backend=transformers"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), BAD_VALUES, ids=[" ".join(overrides) for overrides, _ in BAD_VALUES])
+def test_a_bad_value_is_refused_with_its_key_value_and_rule(overrides, message):
+    assert refused(*overrides).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "inference_model.top_p=0.9",
+        "objective.clip_low=1",
+        "train.kl_to_ref_coeff=0",
+        "optimizer.betas=[0,0]",
+        "optimizer.warmup_steps=0",
+        "ray.timeout_s=1",
+        "train.buffer_size=512",
+        "env.reward_fn=some/where.py:score",
+        "train.gradient_accumulation_steps=512",
+        "env.repeats=2",
+    ],
+)
+def test_the_bounds_themselves_are_allowed(override):
+    compose(ARITHMETIC, [override])
+
+
+@pytest.mark.parametrize("value", ["[]", "[0.9]", "[0.9,0.9,0.9]"])
+def test_another_number_of_betas_than_two_is_refused(value):
+    assert refused(f"optimizer.betas={value}").startswith("optimizer.betas")
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("train.optim_batch_sz=8", "unknown key train.optim_batch_sz: the nearest known key is train.optim_batch_size"),
+        ("optimizer.lrr=1", "unknown key optimizer.lrr: the nearest known key is optimizer.lr"),
+        ("env.dataste=gsm8k", "unknown key env.dataste: the nearest known key is env.dataset"),
+        ("model.temperature=1", "unknown key model.temperature: the nearest known key is inference_model.temperature"),
+        ("lr=1", "unknown key lr: the nearest known key is optimizer.lr"),
+        ("sed=1", "unknown key sed: the nearest known key is seed"),
+        ("+train.epoch=1", "unknown key train.epoch: the nearest known key is train.epochs"),
+        ("modle=qwen2_5_3b", "unknown key modle: the nearest known key is mode"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_known_one(typed, message):
+    assert refused(typed) == message
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_keys_of_older_documents_are_refused_with_their_name_here(old):
+    assert refused(f"{old}=1") == f"{old} is not a key of this program: use {RENAMED[old]}"
+    assert RENAMED[old] in known_keys()
+    assert old not in known_keys()
+
+
+def test_the_kl_coefficient_of_older_documents():
+    assert RENAMED["policy.kl_coef"] == "train.kl_to_ref_coeff"
+
+
+@pytest.mark.parametrize(
+    ("typed", "key"),
+    [
+        ("train.epochs=two", "train.epochs"),
+        ("train.epochs=1.5", "train.epochs"),
+        ("train.epochs=null", "train.epochs"),
+        ("train.epochs=[1]", "train.epochs"),
+        ("optimizer.lr=fast", "optimizer.lr"),
+        ("optimizer.betas=0.9", "optimizer.betas"),
+        ("optimizer.betas=[a,b]", "optimizer.betas"),
+        ("logging.wandb=maybe", "logging.wandb"),
+        ("model.name=null", "model.name"),
+        ("seed=zero", "seed"),
+        ("train.buffer_size=big", "train.buffer_size"),
+        ("~train.epochs", "train.epochs"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_one_line_that_starts_with_the_key(typed, key):
+    assert refused(typed).startswith(key)
+
+
+@pytest.mark.parametrize("typed", ["train.epochs", "objective=dapo", "train.epochs=${nothing}", "train.epochs=[1"])
+def test_what_hydra_cannot_parse_or_find_is_one_line(typed):
+    assert typed.split("=")[0] in refused(typed)
+
+
+def test_hydras_own_keys_pass():
+    check_keys(["hydra.run.dir", "hydra/launcher", "objective", "train.epochs"], ["objective"])
+
+
+def test_known_keys_are_all_leaves():
+    keys = known_keys()
+    assert {"mode", "train.epochs", "optimizer.betas", "env.data", "inference_model.top_p"} <= set(keys)
+    assert "train" not in keys
+    assert len(keys) == len(set(keys))
+
+
+def test_every_documented_key_of_the_yaml_files_is_known():
+    typed = {
+        f"{section}.{key}" if section else key
+        for path in CONFIG_DIR.rglob("*.yaml")
+        for section, key in leaves(path, "" if path.parent == CONFIG_DIR else path.parent.name)
+    }
+    assert typed <= set(known_keys())
+
+
+def leaves(path: Path, section: str) -> list[tuple[str, str]]:
+    """(section, key) of every leaf in a file with two levels at most."""
+    found = []
+    for line in path.read_text().splitlines():
+        match = re.match(r"( *)(\w+):(.*)", line)
+        if not match or line.startswith("defaults"):
+            continue
+        indent, key, value = match.groups()
+        if not indent and not value.strip():
+            section = key
+        else:
+            found.append((section, key))
+    return found
+
+
+def sizes(**changes: int | bool) -> RunConfig:
+    """960 responses in 10 collections of 96; 2 steps of 48 an epoch."""
+    train = {"total_dialog_turns": 960, "dialog_turns_per_batch": 96, "optim_batch_size": 48, "epochs": 3}
+    return RunConfig(train=TrainConfig(**(train | changes)))
+
+
+def test_collections_and_steps_are_counted():
+    config = sizes()
+    assert config.num_collections == 10
+    assert config.batches_per_collection == 2
+    assert config.num_steps == 60
+    assert config.train.buffer_size == 96
+    assert sizes(epochs=1).num_steps == 20
+    assert sizes(optim_batch_size=96).num_steps == 30
+
+
+def test_staleness_is_one_only_where_collecting_runs_beside_training():
+    assert sizes().max_staleness == 0
+    assert sizes(sync_iter=False).max_staleness == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "used"),
+    [
+        ({}, True),
+        ({"kl_to_ref_coeff": 0.0}, False),
+        ({"use_kl_to_ref": False}, False),
+        ({"kl_coef_in_loss": False}, True),
+    ],
+)
+def test_a_reference_is_used_only_where_something_reads_it(changes, used):
+    assert sizes(**changes).uses_reference is used
+
+
+# One value is allowed, so there is nothing to read: the rule that says so is all there is.
+PINNED = {"train_model.num_devices", "ref_model.num_devices", "inference_model.num_devices", "objective.name"}
+
+
+def attributes(tree: ast.AST) -> set[str]:
+    """Every attribute that is read, as `owner.name` and as `name`."""
+    nodes = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)]
+    owners = {n: n.value.attr if isinstance(n.value, ast.Attribute) else getattr(n.value, "id", "") for n in nodes}
+    return {n.attr for n in nodes} | {f"{owner}.{n.attr}" for n, owner in owners.items()}
+
+
+def test_every_key_is_read_somewhere():
+    sources = [*(ROOT / "grpo").rglob("*.py"), *ROOT.glob("*.py")]
+    read = set().union(*(attributes(ast.parse(p.read_text())) for p in sources if p.name != "config.py"))
+    module = ast.parse((ROOT / "grpo" / "config.py").read_text())
+    run_config = next(n for n in module.body if isinstance(n, ast.ClassDef) and n.name == "RunConfig")
+    read |= set().union(*(attributes(n) for n in run_config.body if isinstance(n, ast.FunctionDef)))
+    keys = known_keys()
+    last = [key.rsplit(".")[-1] for key in keys]
+    unread = []
+    for key, name in zip(keys, last, strict=True):
+        # A name that several sections have must be read from this section.
+        if (key if last.count(name) > 1 else name) not in read:
+            unread.append(key)
+    assert set(unread) == PINNED
+
+
+def test_the_pinned_keys_allow_one_value_only():
+    for key in PINNED:
+        assert f"{key} (" in refused(f"{key}={'7' if key.endswith('devices') else 'other'}")

@@ -1,0 +1,239 @@
+import json
+import math
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensordict import TensorDict
+
+from grpo.config import LoggingConfig
+from grpo.metrics import METRICS, PHASES, Clock, RunLog, rollout_lines, rollout_metrics
+from grpo.rewards import Grade
+from grpo.rollout import GroupRecord
+
+QUIET = LoggingConfig(progress=False)
+
+
+def grade(exact: float, outcome: str, parsed: str | None) -> Grade:
+    return Grade({"format": 0.5 * (outcome != "unparseable"), "exact": exact}, outcome, parsed)
+
+
+def batch() -> TensorDict:
+    """Two groups of two: rewards 1.5, 0.5 and 0, 0; one response cut off."""
+    records = [
+        GroupRecord("1+1", "2", ["two: 2", "3"], [grade(1.0, "correct", "2"), grade(0.0, "wrong", "3")]),
+        GroupRecord("2+2", "4", ["?", ""], [grade(0.0, "unparseable", None)] * 2),
+    ]
+    rollouts = TensorDict(
+        reward=torch.tensor([1.5, 0.5, 0.0, 0.0]),
+        advantage=torch.tensor([0.7, -0.7, 0.0, 0.0]),
+        response_length=torch.tensor([2, 1, 3, 1]),
+        response_mask=torch.tensor([[0, 1, 1, 0], [0, 1, 0, 0], [0, 1, 1, 1], [0, 1, 0, 0]]).bool(),
+        tokens=torch.tensor([[9, 5, 0, 0], [9, 6, 0, 0], [8, 0, 7, 1], [8, 1, 0, 0]]),
+        inference_log_probs=torch.tensor([[0, -0.5, -1, 0], [0, -2, 0, 0], [0, -3, -4, -5], [0, -6, 0, 0]]).float(),
+        token_versions=torch.tensor([[0, 3, 4, 0], [0, 4, 0, 0], [0, 2, 2, 2], [0, 4, 0, 0]], dtype=torch.int32),
+        policy_version=torch.tensor([3, 4, 2, 4]),
+        group_id=torch.tensor([20, 20, 21, 21]),
+        stopped=torch.tensor([True, True, False, True]),
+        batch_size=[4],
+    )
+    return rollouts.set_non_tensor("records", records)
+
+
+def test_rollout_metrics_give_hand_worked_values():
+    assert rollout_metrics(batch(), trainer_version=5) == pytest.approx(
+        {
+            "rollout/reward_mean": 0.5,
+            "rollout/reward_std": math.sqrt((1 + 0 + 0.25 + 0.25) / 3),
+            "rollout/reward_min": 0.0,
+            "rollout/reward_q25": 0.0,
+            "rollout/reward_median": 0.25,
+            "rollout/reward_q75": 0.75,
+            "rollout/reward_max": 1.5,
+            "rollout/accuracy": 0.25,
+            "rollout/unparseable": 0.5,
+            "rollout/truncated": 0.25,
+            "rollout/response_length_mean": 1.75,
+            "rollout/response_length_max": 3,
+            "rollout/advantage_mean": 0.0,
+            "rollout/advantage_std": math.sqrt(0.98 / 3),
+            "rollout/groups": 2,
+            "rollout/group_size_mean": 2,
+            "rollout/equal_groups": 0.5,
+            "buffer/staleness_max": 3,
+            "buffer/staleness_mean": (2 + 1 + 3 + 1) / 4,
+        }
+    )
+
+
+def test_the_penalty_is_among_them_where_there_is_one():
+    rollouts = batch()
+    rollouts["kl_penalty"] = torch.tensor([0.0, 0.2, 0.4, 0.6])
+    metrics = rollout_metrics(rollouts, 5)
+    assert metrics["rollout/kl_penalty_mean"] == pytest.approx(0.3)
+    assert metrics["rollout/kl_penalty_std"] == pytest.approx(math.sqrt(0.2 / 3))
+
+
+def test_rollout_lines_have_the_fields_of_their_own_response():
+    lines = list(rollout_lines(7, batch(), None))
+    assert lines[0] == {
+        "step": 7,
+        "group_id": 20,
+        "prompt": "1+1",
+        "response": "two: 2",
+        "answer": "2",
+        "reward": 1.5,
+        "terms": {"format": 0.5, "exact": 1.0},
+        "outcome": "correct",
+        "parsed": "2",
+        "advantage": pytest.approx(0.7),
+        "policy_version": 3,
+    }
+    assert [line["prompt"] for line in lines] == ["1+1", "1+1", "2+2", "2+2"]
+    assert [line["response"] for line in lines] == ["two: 2", "3", "?", ""]
+    assert [line["reward"] for line in lines] == [1.5, 0.5, 0.0, 0.0]
+    assert [line["group_id"] for line in lines] == [20, 20, 21, 21]
+    assert [line["policy_version"] for line in lines] == [3, 4, 2, 4]
+
+
+def test_with_log_probs_a_line_has_what_belongs_to_its_response_tokens():
+    log_probs = batch()["inference_log_probs"] - 0.25
+    lines = list(rollout_lines(7, batch(), log_probs))
+    assert [line["tokens"] for line in lines] == [[5, 0], [6], [0, 7, 1], [1]]
+    assert [line["inference_log_probs"] for line in lines] == [[-0.5, -1], [-2], [-3, -4, -5], [-6]]
+    assert [line["log_probs"] for line in lines] == [[-0.75, -1.25], [-2.25], [-3.25, -4.25, -5.25], [-6.25]]
+    assert [line["token_versions"] for line in lines] == [[3, 4], [4], [2, 2, 2], [4]]
+
+
+def metrics_of(step: int) -> dict[str, float]:
+    return {"rollout/reward_mean": step / 10, "buffer/staleness_max": 0.0, "time/samples_per_s": 100.0, "train/lr": 0.5}
+
+
+def read(run_dir) -> list[dict]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+def test_a_step_is_held_until_the_next_and_written_with_what_was_added_meanwhile(tmp_path):
+    log = RunLog(tmp_path, QUIET, 3, {})
+    log.step(1, 0, metrics_of(1))
+    assert read(tmp_path) == []
+    log.add({"time/push_s": 0.5, "eval/accuracy": 0.25})
+    log.add({"time/push_s": 0.25})
+    log.step(2, 1, metrics_of(2))
+    (first,) = read(tmp_path)
+    assert (first["step"], first["policy_version"]) == (1, 0)
+    assert first["time/push_s"] == 0.75
+    assert first["eval/accuracy"] == 0.25
+    assert first["rollout/reward_mean"] == 0.1
+    assert first["time_s"] >= 0
+    log.flush()
+    assert [row["step"] for row in read(tmp_path)] == [1, 2]
+    assert "eval/accuracy" not in read(tmp_path)[1]
+    log.flush()
+    assert len(read(tmp_path)) == 2
+    with pytest.raises(AssertionError, match="no step to add to"):
+        log.add({"eval/accuracy": 0.5})
+    log.close()
+
+
+def test_closing_writes_what_is_held_and_closing_again_is_fine(tmp_path):
+    log = RunLog(tmp_path, QUIET, 3, {})
+    log.step(1, 0, metrics_of(1))
+    log.rollouts(1, batch(), None)
+    log.close()
+    log.close()
+    assert [row["step"] for row in read(tmp_path)] == [1]
+    assert len((tmp_path / "rollouts.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_log_closed_before_its_first_step_is_empty(tmp_path):
+    RunLog(tmp_path, QUIET, 3, {}).close()
+    assert read(tmp_path) == []
+
+
+def test_lines_are_json_in_the_order_of_the_steps(tmp_path):
+    log = RunLog(tmp_path, QUIET, 5, {})
+    for step in range(1, 6):
+        log.rollouts(step, batch(), batch()["inference_log_probs"])
+        log.step(step, step - 1, metrics_of(step))
+    log.close()
+    assert [row["step"] for row in read(tmp_path)] == [1, 2, 3, 4, 5]
+    assert [row["policy_version"] for row in read(tmp_path)] == [0, 1, 2, 3, 4]
+    rollouts = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in rollouts] == [step for step in range(1, 6) for _ in range(4)]
+
+
+def test_a_response_with_line_breaks_and_other_scripts_is_one_line(tmp_path):
+    rollouts = batch()
+    text = 'first\nsecond\u2028third "quoted" 你好 \ud83d\ude00'
+    rollouts["records"][0].responses[0] = text.encode("utf-16", "surrogatepass").decode("utf-16")
+    log = RunLog(tmp_path, QUIET, 1, {})
+    log.rollouts(1, rollouts, None)
+    log.close()
+    lines = (tmp_path / "rollouts.jsonl").read_text().splitlines()
+    assert len(lines) == 4
+    assert json.loads(lines[0])["response"] == rollouts["records"][0].responses[0]
+
+
+def test_a_metric_without_a_line_in_the_table_is_refused(tmp_path):
+    log = RunLog(tmp_path, QUIET, 1, {})
+    log.step(1, 0, metrics_of(1) | {"train/mystery": 1.0})
+    with pytest.raises(AssertionError, match="train/mystery"):
+        log.close()
+
+
+def test_tensorboard_gets_the_values_of_every_logging_frequency_th_step(tmp_path):
+    log = RunLog(tmp_path, LoggingConfig(progress=False, tensorboard=True, logging_frequency=2), 5, {})
+    for step in range(1, 6):
+        log.step(step, step, metrics_of(step))
+        log.add({"eval/accuracy": step / 5})
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {*metrics_of(1), "eval/accuracy"}
+    for name, values in (("rollout/reward_mean", [0.2, 0.4]), ("eval/accuracy", [0.4, 0.8])):
+        points = events.Scalars(name)
+        assert [point.step for point in points] == [2, 4]
+        assert [point.value for point in points] == pytest.approx(values)
+    assert len(read(tmp_path)) == 5
+
+
+def test_the_clock_adds_up_a_phase_and_keeps_totals(monkeypatch):
+    now = iter([10.0, 11.5, 20.0, 20.25, 30.0, 34.0, 40.0, 41.0])
+    monkeypatch.setattr("grpo.metrics.time.perf_counter", lambda: next(now))
+    clock = Clock()
+    for name in ("train", "train", "push"):
+        with clock.phase(name):
+            pass
+    assert clock.take() == {"time/train_s": 1.75, "time/push_s": 4.0}
+    assert clock.take() == {}
+    with pytest.raises(KeyError), clock.phase("train"):  # a phase that fails took its time too
+        raise KeyError
+    assert clock.take() == {"time/train_s": 1.0}
+    assert clock.total == dict.fromkeys(PHASES, 0.0) | {"train": 2.75, "push": 4.0}
+
+
+def test_every_metric_that_is_emitted_is_in_the_table_and_the_other_way_round():
+    """The names come from the code that makes them; those of the trainer and the loop from their source."""
+    import re
+    from pathlib import Path
+
+    import grpo
+
+    rollouts = batch()
+    rollouts["kl_penalty"] = torch.zeros(4)
+    emitted = set(rollout_metrics(rollouts, 5))
+    clock = Clock()
+    for name in PHASES:
+        with clock.phase(name):
+            pass
+    emitted |= set(clock.take())
+    package = Path(grpo.__file__).parent
+    sources = [package / "trainer.py", *(package / "objectives").glob("*.py"), *package.parent.glob("grpo_*.py")]
+    areas = "train|rollout|buffer|sync|eval|time"
+    emitted |= {name for path in sources for name in re.findall(rf'"((?:{areas})/\w+)"', path.read_text())}
+    assert emitted == METRICS.keys()

@@ -1,0 +1,138 @@
+import pytest
+import torch
+from transformers import Qwen2Config
+
+from grpo.builtin import Recipe, make_config, make_tokenizer
+from grpo.errors import ConfigError
+from grpo.launch import compose
+from grpo.models import num_parameters
+from grpo.plan import make_plan, resolve_device
+
+from .conftest import file_names
+
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+CPU = "device=cpu"
+
+
+def plan_of(*overrides: str, name: str = "grpo_arithmetic"):
+    return make_plan(compose(name, [CPU, *overrides]))
+
+
+def test_the_description_says_what_a_dry_run_promises():
+    config = compose("grpo_arithmetic", [CPU, "train.epochs=2", "train.sync_iter=false"])
+    text = make_plan(config).describe(config)
+    for part in (
+        "device            cpu",
+        "1 x trainer",
+        "1 x inference",
+        "1 x reference",
+        "150 of 512 responses (64 prompts x 8)",
+        "300 of 512 responses in 4 micro-batches",
+        "76800 responses, each trained on 2 times",
+        "at most 1 policy versions",
+        "0.4 million parameters",
+    ):
+        assert part in text
+    config = compose("grpo_arithmetic", [CPU])
+    assert "at most 0 policy versions" in make_plan(config).describe(config)
+
+
+def test_memory_is_estimated_a_role():
+    plan = plan_of("env.num_envs=4", "env.repeats=8", "optimizer.name=adamw")
+    config = make_config(Recipe(), make_tokenizer())
+    weights = 4 * num_parameters(config)
+    assert plan.parameters == num_parameters(config)
+    # Keys and values of 2 layers with 2 heads of 32, for 32 responses of 32 + 24 tokens, 4 bytes each.
+    cache = 32 * 56 * 2 * 2 * 2 * 32 * 4
+    assert plan.memory_bytes == {"trainer": 5 * weights, "inference": weights + cache, "reference": weights}
+    assert plan_of("optimizer.name=sgd").memory_bytes["trainer"] == 3 * weights
+
+
+def test_a_role_is_planned_only_where_it_is_used():
+    assert plan_of().roles == {"trainer": 1, "inference": 1, "reference": 1}
+    without = plan_of("train.use_kl_to_ref=false")
+    assert without.roles == {"trainer": 1, "inference": 1}
+    assert without.memory_bytes.keys() == without.roles.keys()
+
+
+def test_cores_are_halved_only_where_two_roles_work_at_once():
+    both, one = plan_of("train.sync_iter=false").threads, plan_of().threads
+    assert both == max(1, one // 2)
+
+
+def test_planning_starts_and_writes_nothing(tmp_path):
+    plan_of(f"model.cache_dir={tmp_path}")
+    assert file_names(tmp_path) == []
+
+
+@without_gpu
+def test_a_machine_without_a_gpu_refuses_the_large_default_and_names_what_runs_there():
+    with pytest.raises(ConfigError) as raised:
+        make_plan(compose("grpo_gsm8k", []))
+    message = str(raised.value)
+    assert "\n" not in message
+    assert "model.name (Qwen/Qwen2.5-3B-Instruct) has about 3 billion parameters" in message
+    assert "--config-name grpo_arithmetic" in message
+
+
+@without_gpu
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(ConfigError, match=r"device \(cuda\) is not on this machine; use device=auto"):
+        resolve_device("cuda")
+    assert resolve_device("auto") == "cpu"
+
+
+def test_auto_takes_the_gpu_where_there_is_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve_device("auto") == "cuda"
+    assert resolve_device("cpu") == "cpu"
+
+
+def test_fewer_gpus_than_models_are_refused_with_the_remedy(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match="the 3 models .* need a GPU each and this machine has 2: train.use_kl_to_ref"):
+        plan_of("device=cuda")
+    assert plan_of("device=cuda", "train.use_kl_to_ref=false").device == "cuda"
+
+
+def test_a_prompt_and_response_beyond_the_models_positions_are_refused():
+    assert plan_of("env.max_prompt_length=200", "inference_model.max_tokens=56")
+    with pytest.raises(ConfigError) as raised:
+        plan_of("env.max_prompt_length=200", "inference_model.max_tokens=57")
+    expected = "env.max_prompt_length (200) + inference_model.max_tokens (57) must be at most the model's 256 positions"
+    assert str(raised.value) == expected
+
+
+def test_a_model_that_does_not_fit_in_memory_is_refused_before_anything_is_loaded(tmp_path):
+    Qwen2Config(
+        hidden_size=16384, num_hidden_layers=200, num_attention_heads=128, intermediate_size=65536, num_key_value_heads=8
+    ).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError) as raised:
+        plan_of(f"model.name={tmp_path}")
+    message = str(raised.value)
+    assert message.startswith(f"model.name ({tmp_path}) needs about ")
+    assert "GiB are free: use a smaller model" in message
+    assert "\n" not in message
+
+
+def test_too_many_responses_at_once_do_not_fit_in_memory_either():
+    with pytest.raises(ConfigError, match="lower env.num_envs"):
+        plan_of("env.num_envs=1000000000")
+
+
+def test_an_unknown_builtin_model_is_refused():
+    with pytest.raises(ConfigError, match=r"model.name \(builtin/algebra\): the only built-in model is"):
+        plan_of("model.name=builtin/algebra")
+
+
+def test_a_model_directory_that_is_not_there_is_refused():
+    with pytest.raises(ConfigError, match=r"model.name \(./nowhere\): there is no such directory"):
+        plan_of("model.name=./nowhere")
+
+
+def test_a_local_directory_is_planned_from_its_configuration_alone(tmp_path):
+    config = make_config(Recipe(hidden_size=16, layers=1, heads=2, kv_heads=1, feed_forward=32), make_tokenizer())
+    path = tmp_path / "mine-70B"  # what its name says is not looked at where the directory is there
+    config.save_pretrained(path)
+    assert plan_of(f"model.name={path}").parameters == num_parameters(config)

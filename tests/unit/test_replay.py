@@ -1,0 +1,91 @@
+import pytest
+import torch
+from tensordict import NonTensorData, NonTensorStack, TensorDict
+
+from grpo.replay import make_replay_buffer
+from grpo.rollout import GroupRecord, pack
+
+from .conftest import completions
+
+K = 3
+
+
+def collection(first: int, num_groups: int) -> TensorDict:
+    """Groups first, first + 1, ... of 3 rollouts, as the collector makes them; group g's rewards are 10 g, 10 g + 1, ..."""
+    lengths = [1 + (first + 5 * i) % 7 for i in range(num_groups * K)]
+    flat = pack([[1] * (1 + i % 4) for i in range(num_groups) for _ in range(K)], completions(lengths, seed=first))
+    groups = torch.arange(first, first + num_groups)
+    flat["group_id"] = groups.repeat_interleave(K)
+    flat["reward"] = (10 * groups[:, None] + torch.arange(K)).flatten().float()
+    rollouts = flat.reshape(num_groups, K)
+    rollouts.batch_size = [num_groups]
+    records = [GroupRecord(f"prompt {group}", "", [], []) for group in groups.tolist()]
+    return rollouts.set("record", NonTensorStack(*[NonTensorData(record) for record in records]))
+
+
+def order(buffer) -> list[int]:
+    """The groups of one pass, after checking that each came whole with its own record."""
+    passed = []
+    for batch in buffer:
+        groups = batch["group_id"].view(-1, K)
+        assert (groups == groups[:, :1]).all()
+        assert batch["reward"].view(-1, K).tolist() == [[10 * g, 10 * g + 1, 10 * g + 2] for g in groups[:, 0].tolist()]
+        assert [record.prompt for record in batch["records"]] == [f"prompt {g}" for g in groups[:, 0].tolist()]
+        passed += groups[:, 0].tolist()
+    return passed
+
+
+@pytest.mark.parametrize("groups_per_batch", [1, 2, 4, 8])
+def test_a_pass_yields_every_group_once_and_whole_in_batches_of_the_size(groups_per_batch):
+    buffer = make_replay_buffer(8, groups_per_batch, seed=0)
+    buffer.extend(collection(0, 8))
+    assert [len(batch) for batch in buffer] == [groups_per_batch * K] * (8 // groups_per_batch)
+    for _ in range(3):  # epochs
+        assert sorted(order(buffer)) == list(range(8))
+
+
+def test_a_batch_is_trimmed_to_its_own_longest_rollout_and_keeps_its_tokens():
+    whole = collection(0, 8)
+    buffer = make_replay_buffer(8, 2, seed=0)
+    buffer.extend(whole)
+    for batch in buffer:
+        longest = int((batch["prompt_length"] + batch["response_length"]).max())
+        assert batch["tokens"].shape == (2 * K, longest)
+        for i, group in enumerate(batch["group_id"][::K].tolist()):
+            assert torch.equal(batch["tokens"][i * K : i * K + K], whole["tokens"][group][:, :longest])
+            assert torch.equal(batch["response_mask"][i * K : i * K + K], whole["response_mask"][group][:, :longest])
+
+
+def passes(seed: int) -> list[list[int]]:
+    buffer = make_replay_buffer(8, 2, seed)
+    result = []
+    for first in (0, 8):
+        buffer.extend(collection(first, 8))
+        result += [order(buffer), order(buffer)]
+    return result
+
+
+def test_the_order_is_shuffled_by_the_seed_alone():
+    torch.manual_seed(1)
+    first = passes(seed=5)
+    torch.manual_seed(2)
+    assert passes(seed=5) == first
+    assert passes(seed=6) != first
+    assert first[0] != list(range(8))
+    assert first[0] != first[1]
+
+
+def test_a_new_collection_replaces_the_one_before():
+    buffer = make_replay_buffer(4, 2, seed=0)
+    for first in (0, 4, 8):
+        buffer.extend(collection(first, 4))
+        assert len(buffer) == 4
+        assert sorted(order(buffer)) == list(range(first, first + 4))
+
+
+def test_a_pass_that_was_broken_off_leaves_nothing_of_the_old_collection():
+    buffer = make_replay_buffer(4, 1, seed=0)
+    buffer.extend(collection(0, 4))
+    next(iter(buffer))
+    buffer.extend(collection(4, 4))
+    assert sorted(order(buffer)) == [4, 5, 6, 7]
