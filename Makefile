@@ -46,7 +46,7 @@ format: setup  ## ruff, mending what it can
 	$(BIN)/ruff format .
 
 bench: setup   ## the figures of README.md, written to benchmarks/results
-	$(BIN)/python benchmarks/learning.py
+	$(BIN)/python -m benchmarks.learning
 
 clean:         ## remove .venv, the cache and every run
 	rm -rf .venv .cache outputs multirun

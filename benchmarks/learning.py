@@ -1,6 +1,6 @@
 """Does GRPO learn, and from the rewards? Three seeds of grpo_arithmetic, a control, and the supervised ceiling.
 
-    python benchmarks/learning.py              # writes benchmarks/results/learning.json
+    python -m benchmarks.learning              # writes benchmarks/results/learning.json
 
 The runs are grpo_sync.py as users start it. The control is the same command with rewards shuffled between responses. The
 ceiling is the built-in recipe trained on right demonstrations alone, on the same warm-up prompts.
@@ -16,12 +16,12 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from machine import describe
 
+from benchmarks.machine import describe
 from grpo import builtin
 from grpo.config import EnvConfig
 from grpo.tasks import load
-from grpo.tasks.arithmetic import question, split_expressions
+from grpo.tasks.arithmetic import split_expressions
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "learning.json"
@@ -54,24 +54,19 @@ def ceiling() -> dict:
     tokenizer = builtin.make_tokenizer()
     torch.manual_seed(recipe.seed)
     model = builtin.Qwen2ForCausalLM(builtin.make_config(recipe, tokenizer)).float()
-    splits, task = split_expressions(), load(EnvConfig(dataset="arithmetic"))
-    builtin.supervise(model, tokenizer, splits["warm_up"], recipe)
+    task = load(EnvConfig(dataset="arithmetic"))
+    builtin.supervise(model, tokenizer, split_expressions()["warm_up"], recipe)
     problems, right = task.problems("test"), 0
     tokenizer.padding_side = "left"
     for first in range(0, len(problems), 250):
         part = problems[first : first + 250]
-        texts = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": p.question}], add_generation_prompt=True, tokenize=False
-            )
-            for p in part
-        ]
+        messages = [[{"role": "user", "content": problem.question}] for problem in part]
+        texts = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         inputs = tokenizer(texts, return_tensors="pt", padding=True)
         output = model.generate(**inputs, max_new_tokens=24, do_sample=False)[:, inputs["input_ids"].shape[1] :]
         answers = tokenizer.batch_decode(output, skip_special_tokens=True)
         right += sum(task.grade(problem, text).correct for problem, text in zip(part, answers, strict=True))
     share = right / len(problems)
-    assert question(splits["test"][0]) == problems[0].question
     return {"accuracy": share, "n": len(problems), "interval_95": interval(share, len(problems))}
 
 
