@@ -17,12 +17,12 @@ def train(run) -> None:
 
 
 def main(config: RunConfig, run_dir: Path) -> None:
-    from grpo_utils import build, report  # here, so that a wrong key is answered before torch is imported
+    from grpo_utils import build  # here, so that a wrong key is answered before torch is imported
 
     with build(config, run_dir) as run:
         before = run.evaluate("test")
         train(run)
-        report(run, run.finish(before))
+        run.finish(before)
 
 
 if __name__ == "__main__":

@@ -1,172 +1,34 @@
 """The composition root: builds the parts of a run from its configuration on Ray, and closes them in reverse.
 
-`build` checks what can be checked, makes the data, then starts Ray and the actors. `Run` is what a loop needs:
-collections in, optimiser steps and weight pushes out.
+Everything that can be wrong without an actor (configuration, machine, model, data, reward function) is found before Ray
+starts.
 """
 
-import json
 import os
-import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import ray
 import torch
-from tensordict import TensorDict
+from ray.actor import ActorHandle
+from transformers import PreTrainedTokenizerBase
 
 from grpo import builtin, tasks
 from grpo.collect import EnginePool, Finish, GroupCollector, InferencePolicy, PromptEnv, PromptStream
 from grpo.config import RunConfig
-from grpo.evaluate import accuracy
 from grpo.inference import EngineSpec, InferenceActor, Sampling
-from grpo.metrics import Clock, RunLog, rollout_metrics
+from grpo.metrics import Clock, RunLog
 from grpo.models import load_tokenizer
 from grpo.plan import Plan, make_plan
-from grpo.plot import plot_run
 from grpo.reference import ReferenceActor
 from grpo.remote import get
 from grpo.replay import make_replay_buffer
 from grpo.rewards import load_reward_function
+from grpo.run import Run
 from grpo.trainer import TrainerActor, TrainerSpec
-
-CLOSE_TIMEOUT_S = 5.0
-
-
-class Run:
-    """The parts of a run and what the loops do with them. Made by `build`."""
-
-    def __init__(self, config: RunConfig, run_dir: Path, data: dict[str, tasks.EncodedProblems]) -> None:
-        self.config, self.run_dir, self.data = config, run_dir, data
-        self.clock = Clock()
-        self.num_steps = self.samples_trained = self.policy_version = 0
-        self.ahead: Future | None = None
-        self.step_ended = time.perf_counter()
-
-    # Parts that `build` sets.
-    task: tasks.Task
-    tokenizer: object
-    engines: EnginePool
-    trainer: object
-    collector: GroupCollector
-    replay_buffer: object
-    log: RunLog
-    background: ThreadPoolExecutor
-
-    def collections(self) -> Iterator[TensorDict]:
-        """The run's collections. With train.sync_iter=false the next one is sampled while one is trained on."""
-        collections = iter(self.collector)
-        self.step_ended = self.started = time.perf_counter()
-        self.eval_before_s = self.clock.total["eval"]
-        self.clock.take()
-        if self.config.train.sync_iter:
-            yield from collections
-            return
-        self.ahead = self.background.submit(next, collections, None)
-        while (rollouts := self._collected_ahead()) is not None:
-            self.ahead = self.background.submit(next, collections, None)
-            yield rollouts
-
-    def _collected_ahead(self) -> TensorDict | None:
-        with self.clock.phase("wait"):
-            return self.ahead.result()
-
-    def step(self, batch: TensorDict) -> None:
-        """One optimiser step on `batch` [B], logged."""
-        first_use = self.num_steps % (self.config.train.epochs * self.config.batches_per_collection)
-        first_use = first_use < self.config.batches_per_collection
-        with_log_probs = first_use and self.config.logging.rollout_tokens
-        with self.clock.phase("train"):
-            metrics, log_probs = get(
-                self.trainer.step.remote(batch.exclude("records"), with_log_probs),
-                self.config.ray.timeout_s,
-                "the training actor",
-                f"taking optimiser step {self.num_steps + 1}",
-            )
-        self.num_steps += 1
-        self.samples_trained += len(batch)
-        now = time.perf_counter()
-        metrics |= rollout_metrics(batch, self.policy_version) | self.clock.take()
-        metrics["time/samples_per_s"] = len(batch) / (now - self.step_ended)
-        self.step_ended = now
-        if first_use:
-            self.log.rollouts(self.num_steps, batch, log_probs)
-        self.log.step(self.num_steps, self.policy_version, metrics)
-
-    def push_weights(self) -> None:
-        """Give the engines the trainer's weights as the next policy version; evaluate where it is time to."""
-        if self.ahead is not None:
-            with self.clock.phase("wait"):
-                self.ahead.exception()  # only wait: a collection is sampled under one version
-        with self.clock.phase("push"):
-            doing = f"publishing weights version {self.policy_version + 1}"
-            get(self.trainer.publish.remote(), self.config.ray.timeout_s, "the training actor", doing)
-            self.policy_version += 1
-            self.engines.update_weights(self.policy_version)
-        metrics = self.clock.take()
-        frequency, steps = self.config.train.eval_frequency, self.config.num_steps // self.config.num_collections
-        if frequency and self.num_steps // frequency > (self.num_steps - steps) // frequency:
-            metrics["eval/accuracy"] = self.evaluate("validation")["accuracy"]
-            metrics |= self.clock.take()
-        self.log.add(metrics)
-
-    def evaluate(self, split: str) -> dict[str, float]:
-        """Greedy accuracy of the engines' weights on a held-out split: {"accuracy", "n"}."""
-        start = time.perf_counter()
-        max_tokens = self.config.inference_model.max_tokens
-        with self.clock.phase("eval"):
-            result = accuracy(self.engines, self.task, self.data[split], self.tokenizer, max_tokens)
-        self.step_ended += time.perf_counter() - start  # samples_per_s is training's
-        return result
-
-    def finish(self, before: dict[str, float]) -> dict:
-        """Evaluate, export the model, write summary.json and the plots; returns the summary."""
-        training_s = time.perf_counter() - self.started - (self.clock.total["eval"] - self.eval_before_s)
-        self.log.flush()
-        after = self.evaluate("test")
-        get(
-            self.trainer.export.remote(self.run_dir / "model"),
-            self.config.ray.timeout_s,
-            "the training actor",
-            "export",
-        )
-        phases = {name: round(seconds, 3) for name, seconds in self.clock.total.items() if name != "eval"}
-        summary = {
-            "eval": {"before": before, "after": after},
-            "steps": self.num_steps,
-            "samples_trained": self.samples_trained,
-            "policy_version": self.policy_version,
-            "wall_s": round(training_s, 3),
-            "samples_per_s": round(self.samples_trained / training_s, 1),
-            "phases_s": phases,
-            "restarts": {},
-        }
-        (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        plot_run(self.run_dir)
-        self.log.close()
-        return summary
-
-
-def report(run: Run, summary: dict) -> None:
-    """The last lines that a user sees."""
-    before, after = summary["eval"]["before"], summary["eval"]["after"]
-    print(
-        f"\n{summary['samples_trained']} responses in {summary['steps']} steps, {summary['wall_s']:.0f} s of training "
-        f"({summary['samples_per_s']:.0f} a second); model, metrics and plots are in {os.path.relpath(run.run_dir)}\n"
-        f"Held-out accuracy on {after['n']} test problems: {before['accuracy']:.1%} before, "
-        f"{after['accuracy']:.1%} after"
-    )
-
-
-def load_data(config: RunConfig, task: tasks.Task, tokenizer) -> dict[str, tasks.EncodedProblems]:
-    """The three splits as token ids; raises DataError where one is empty."""
-    limits = {"train": None, "validation": config.env.validation_size, "test": config.env.test_size}
-    return {
-        split: tasks.encode_split(task, split, tokenizer, config.env.max_prompt_length, limit)
-        for split, limit in limits.items()
-    }
 
 
 @contextmanager
@@ -179,23 +41,44 @@ def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
     model = builtin.resolve(config.model.name, config.model.cache_dir)
     tokenizer = load_tokenizer(model)
     data = load_data(config, task, tokenizer)
-    run = Run(config, run_dir, data)
-    run.task, run.tokenizer = task, tokenizer
+    stream = PromptStream(len(data["train"].problems), config.seed)
+    group_size, clock = config.env.repeats, Clock()
+    num_groups = config.train.dialog_turns_per_batch // group_size
+    env = PromptEnv(num_groups, group_size, task, data["train"], stream, tokenizer, reward_function, clock)
     with ExitStack() as closing:
         _start_ray(config, plan, closing)
-        run.trainer, reference, engines = _start_actors(config, plan, model)
-        run.engines = EnginePool(engines, config.ray.timeout_s)
-        _connect(run.trainer, engines, config)
-        run.collector = _make_collector(run, reference, reward_function)
-        group_size = config.env.repeats
-        run.replay_buffer = make_replay_buffer(
-            config.train.buffer_size // group_size, config.train.optim_batch_size // group_size, config.seed
+        trainer, reference, actors = _start_actors(config, plan, model)
+        _connect(trainer, actors, config)
+        engines = EnginePool(actors, config.ray.timeout_s)
+        background = ThreadPoolExecutor(1, thread_name_prefix="collect")
+        closing.callback(background.shutdown, wait=False, cancel_futures=True)
+        log = RunLog(run_dir, config.logging, config.num_steps, asdict(config))
+        closing.callback(log.close)
+        yield Run(
+            config=config,
+            run_dir=run_dir,
+            task=task,
+            tokenizer=tokenizer,
+            data=data,
+            trainer=trainer,
+            engines=engines,
+            collector=make_collector(config, env, engines, reference),
+            replay_buffer=make_replay_buffer(
+                config.train.buffer_size // group_size, config.train.optim_batch_size // group_size, config.seed
+            ),
+            background=background,
+            clock=clock,
+            log=log,
         )
-        run.background = ThreadPoolExecutor(1, thread_name_prefix="collect")
-        closing.callback(run.background.shutdown, wait=False, cancel_futures=True)
-        run.log = RunLog(run_dir, config.logging, config.num_steps, asdict(config))
-        closing.callback(run.log.close)
-        yield run
+
+
+def load_data(config: RunConfig, task: tasks.Task, tokenizer: PreTrainedTokenizerBase) -> dict[str, tasks.EncodedProblems]:
+    """The three splits as token ids; raises DataError where one is empty."""
+    limits = {"train": None, "validation": config.env.validation_size, "test": config.env.test_size}
+    return {
+        split: tasks.encode_split(task, split, tokenizer, config.env.max_prompt_length, limit)
+        for split, limit in limits.items()
+    }
 
 
 def _start_ray(config: RunConfig, plan: Plan, closing: ExitStack) -> None:
@@ -216,7 +99,7 @@ def _start_ray(config: RunConfig, plan: Plan, closing: ExitStack) -> None:
     closing.callback(ray.shutdown)
 
 
-def _start_actors(config: RunConfig, plan: Plan, model: str) -> tuple[object, object | None, list]:
+def _start_actors(config: RunConfig, plan: Plan, model: str) -> tuple[ActorHandle, ActorHandle | None, list[ActorHandle]]:
     """Start the actors side by side and wait until each has its model: (trainer, reference or None, engines)."""
     gpus = 1 if plan.device == "cuda" else 0
     threads = {"OMP_NUM_THREADS": str(plan.threads)}
@@ -228,7 +111,8 @@ def _start_actors(config: RunConfig, plan: Plan, model: str) -> tuple[object, ob
     micro_batch = train.optim_batch_size // train.gradient_accumulation_steps
     attention = config.model.attn_implementation
     objective = (config.objective, train, config.optimizer, config.uses_reference)
-    trainer = remote(TrainerActor, {}).remote(TrainerSpec(model, attention, plan.device, inference.temperature, *objective))
+    train_device = "cpu" if plan.device == "mps" else plan.device  # FSDP2 has no backend for mps
+    trainer = remote(TrainerActor, {}).remote(TrainerSpec(model, attention, train_device, inference.temperature, *objective))
     reference = None
     if config.uses_reference:
         reference = remote(ReferenceActor, {}).remote(model, attention, plan.device, inference.temperature, micro_batch)
@@ -270,7 +154,7 @@ def engine_environment(spec: EngineSpec) -> dict[str, str]:
     return variables
 
 
-def _connect(trainer, engines: list, config: RunConfig) -> None:
+def _connect(trainer: ActorHandle, engines: list[ActorHandle], config: RunConfig) -> None:
     """Let every engine map the trainer's weights."""
     timeout = config.ray.timeout_s
     description = get(trainer.weights_description.remote(), timeout, "the training actor", "describing its weights")
@@ -279,17 +163,14 @@ def _connect(trainer, engines: list, config: RunConfig) -> None:
     get(trainer.weights_mapped.remote(), timeout, "the training actor", "connecting to the engines")
 
 
-def _make_collector(run: Run, reference, reward_function) -> GroupCollector:
-    config, data = run.config, run.data["train"]
+def make_collector(config: RunConfig, env: PromptEnv, engines: EnginePool, reference: ActorHandle | None) -> GroupCollector:
+    """Everything between a prompt and a scored group."""
     inference, train = config.inference_model, config.train
     sampling = Sampling(config.env.repeats, inference.max_tokens, inference.temperature, inference.top_p)
-    stream = PromptStream(len(data.problems), config.seed)
-    num_groups = train.dialog_turns_per_batch // config.env.repeats
-    env = PromptEnv(num_groups, config.env.repeats, run.task, data, stream, run.tokenizer, reward_function, run.clock)
     kl_in_reward = 0.0 if train.kl_coef_in_loss or reference is None else train.kl_to_ref_coeff
     return GroupCollector(
         env,
-        policy=InferencePolicy(run.engines, data, sampling, config.seed, run.clock),
+        policy=InferencePolicy(engines, env.data, sampling, config.seed, env.clock),
         dialog_turns_per_batch=train.dialog_turns_per_batch,
         total_dialog_turns=train.total_dialog_turns,
         postproc=Finish(env, reference, kl_in_reward, config.ray.timeout_s),

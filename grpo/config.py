@@ -306,13 +306,19 @@ class RunConfig:
         return self.train.total_dialog_turns // self.train.dialog_turns_per_batch
 
     @property
-    def num_steps(self) -> int:
-        """Optimiser steps in the run."""
-        return self.num_collections * self.train.epochs * self.batches_per_collection
+    def batches_per_collection(self) -> int:
+        """Optimiser steps an epoch of one collection."""
+        return self.train.dialog_turns_per_batch // self.train.optim_batch_size
 
     @property
-    def batches_per_collection(self) -> int:
-        return self.train.dialog_turns_per_batch // self.train.optim_batch_size
+    def steps_per_collection(self) -> int:
+        """Optimiser steps between two pushes."""
+        return self.train.epochs * self.batches_per_collection
+
+    @property
+    def num_steps(self) -> int:
+        """Optimiser steps in the run."""
+        return self.num_collections * self.steps_per_collection
 
     @property
     def max_staleness(self) -> int:

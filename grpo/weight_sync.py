@@ -9,6 +9,7 @@ has mapped it, so that nothing is left behind however the run ends.
 """
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ import torch
 
 from grpo.errors import UserError
 
-SHARED_MEMORY = "/dev/shm"
+SHARED_MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()
 ALIGNMENT = 64  # bytes; a cache line
 
 
@@ -56,17 +57,15 @@ class SharedMemorySender:
         """Allocate a segment for `parameters`, of which only names, shapes and dtypes are read."""
         self.slots = make_layout(parameters)
         num_bytes = self.slots[-1].offset + self.slots[-1].num_bytes
-        descriptor, self.path = tempfile.mkstemp(prefix="grpo-weights-", dir=SHARED_MEMORY)
-        try:
-            os.posix_fallocate(descriptor, 0, num_bytes)
-        except OSError as error:
-            os.unlink(self.path)
+        free = shutil.disk_usage(SHARED_MEMORY).free
+        if free < num_bytes:
             raise UserError(
-                f"{SHARED_MEMORY} has no room for the {num_bytes / 2**20:.0f} MiB of a weight push: {error.strerror}; "
+                f"{SHARED_MEMORY} has {free / 2**20:.0f} MiB free and a weight push needs {num_bytes / 2**20:.0f} MiB: "
                 "give the container or machine more shared memory"
-            ) from None
-        finally:
-            os.close(descriptor)
+            )
+        descriptor, self.path = tempfile.mkstemp(prefix="grpo-weights-", dir=SHARED_MEMORY)
+        os.truncate(descriptor, num_bytes)
+        os.close(descriptor)
         self.segment = torch.from_file(self.path, shared=True, size=num_bytes, dtype=torch.uint8)
 
     def description(self) -> dict:

@@ -85,10 +85,10 @@ def test_dry_run_tells_the_plan_and_starts_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("backend", ["vllm", "transformers"])
-def test_ctrl_c_ends_within_ten_seconds_with_nothing_left_behind(tmp_path, model_path, backend):
+@pytest.mark.parametrize("setting", ["inference_model.backend=vllm", "train.sync_iter=false"])
+def test_ctrl_c_ends_within_ten_seconds_with_nothing_left_behind(tmp_path, model_path, setting):
     run_dir = tmp_path / "run"
-    overrides = [f"inference_model.backend={backend}", "train.total_dialog_turns=32000", f"hydra.run.dir={run_dir}"]
+    overrides = [setting, "train.total_dialog_turns=32000", f"hydra.run.dir={run_dir}"]
     process = subprocess.Popen(
         command(*overrides), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -110,4 +110,5 @@ def test_ctrl_c_ends_within_ten_seconds_with_nothing_left_behind(tmp_path, model
     assert not alive
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     trained = {json.loads(line)["step"] for line in (run_dir / "rollouts.jsonl").read_text().splitlines()}
-    assert steps == sorted(trained) == list(range(1, len(steps) + 1))
+    assert steps == list(range(1, len(steps) + 1))
+    assert sorted(trained) in (steps, [*steps, len(steps) + 1])  # the interrupt may fall between the two files

@@ -81,11 +81,3 @@ def test_a_new_collection_replaces_the_one_before():
         buffer.extend(collection(first, 4))
         assert len(buffer) == 4
         assert sorted(order(buffer)) == list(range(first, first + 4))
-
-
-def test_a_pass_that_was_broken_off_leaves_nothing_of_the_old_collection():
-    buffer = make_replay_buffer(4, 1, seed=0)
-    buffer.extend(collection(0, 4))
-    next(iter(buffer))
-    buffer.extend(collection(4, 4))
-    assert sorted(order(buffer)) == [4, 5, 6, 7]

@@ -24,7 +24,9 @@ def test_a_grade_is_the_sum_of_its_terms():
 
 def test_a_function_is_loaded_from_its_file_and_gets_prompts_responses_and_answers(tmp_path):
     path = tmp_path / "mine.py"
-    path.write_text("def score(prompts, responses, answers):\n    return [len(p) - int(a) for p, a in zip(prompts, answers)]\n")
+    path.write_text(
+        "def score(prompts, responses, answers):\n    return [len(p) - int(a) for p, a in zip(prompts, answers)]\n"
+    )
     function = load_reward_function(f"{path}:score")
     assert apply_reward_function(function, ["ab", "c"], ["de", "f"], ["1", "5"]) == [1.0, -4.0]
 

@@ -1,0 +1,140 @@
+"""A run in progress: what the loops call. Collections in; optimiser steps, weight pushes and evaluations out.
+
+The parts are handed in (by `grpo_utils.build`); nothing is started here. With train.sync_iter=false one background thread
+waits for the next collection while the driver waits for the trainer:
+
+    driver       step ... step │ wait │ push │ step ... step │ wait │ push
+    background   collection n + 1 ────┘      collection n + 2 ────┘
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from ray import ObjectRef
+from ray.actor import ActorHandle
+from tensordict import TensorDict
+from torchrl.data import ReplayBuffer
+from transformers import PreTrainedTokenizerBase
+
+from grpo.collect import EnginePool, GroupCollector
+from grpo.config import RunConfig
+from grpo.evaluate import accuracy
+from grpo.metrics import Clock, RunLog, rollout_metrics
+from grpo.plot import plot_run
+from grpo.remote import get
+from grpo.tasks import EncodedProblems, Task
+
+
+@dataclass
+class Run:
+    """The parts of a run, and how far it is."""
+
+    config: RunConfig
+    run_dir: Path
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    data: dict[str, EncodedProblems]  # by split
+    trainer: ActorHandle
+    engines: EnginePool
+    collector: GroupCollector
+    replay_buffer: ReplayBuffer
+    background: ThreadPoolExecutor
+    clock: Clock
+    log: RunLog
+    num_steps: int = 0
+    samples_trained: int = 0
+    policy_version: int = 0
+    ahead: Future | None = None
+    started_s: float = 0.0  # `_training_clock` when the loop began,
+    stepped_s: float = 0.0  # and at the last step
+
+    def collections(self) -> Iterator[TensorDict]:
+        """The run's collections. With train.sync_iter=false the next one is sampled while one is trained on."""
+        collections = iter(self.collector)
+        self.clock.take()
+        self.started_s = self.stepped_s = self._training_clock()
+        if self.config.train.sync_iter:
+            yield from collections
+            return
+        self.ahead = self.background.submit(next, collections, None)
+        while (rollouts := self._wait_for_collection()) is not None:
+            self.ahead = self.background.submit(next, collections, None)
+            yield rollouts
+
+    def _wait_for_collection(self) -> TensorDict | None:
+        with self.clock.phase("wait"):
+            return self.ahead.result()
+
+    def step(self, batch: TensorDict) -> None:
+        """One optimiser step on `batch` [B], logged."""
+        first_epoch = self.num_steps % self.config.steps_per_collection < self.config.batches_per_collection
+        with_log_probs = first_epoch and self.config.logging.rollout_tokens
+        with self.clock.phase("train"):
+            call = self.trainer.step.remote(batch.exclude("records"), with_log_probs)
+            metrics, log_probs = self._trainer(call, f"taking optimiser step {self.num_steps + 1}")
+        self.num_steps += 1
+        self.samples_trained += len(batch)
+        metrics |= rollout_metrics(batch, self.policy_version) | self.clock.take()
+        last, self.stepped_s = self.stepped_s, self._training_clock()
+        metrics["time/samples_per_s"] = len(batch) / (self.stepped_s - last)
+        if first_epoch:
+            self.log.rollouts(self.num_steps, batch, log_probs)
+        self.log.step(self.num_steps, self.policy_version, metrics)
+
+    def push_weights(self) -> None:
+        """Give the engines the trainer's weights as the next policy version; evaluate where it is time to."""
+        if self.ahead is not None:
+            self._wait_for_collection()  # a collection is sampled under one version
+        with self.clock.phase("push"):
+            self._trainer(self.trainer.publish.remote(), f"publishing weights version {self.policy_version + 1}")
+            self.policy_version += 1
+            self.engines.update_weights(self.policy_version)
+        metrics = self.clock.take()
+        frequency, before = self.config.train.eval_frequency, self.num_steps - self.config.steps_per_collection
+        if frequency and self.num_steps // frequency > before // frequency:
+            metrics["eval/accuracy"] = self.evaluate("validation")["accuracy"]
+            metrics |= self.clock.take()
+        self.log.add(metrics)
+
+    def evaluate(self, split: str) -> dict[str, float]:
+        """Greedy accuracy of the engines' weights on a held-out split: {"accuracy", "n"}."""
+        with self.clock.phase("eval"):
+            max_tokens = self.config.inference_model.max_tokens
+            return accuracy(self.engines, self.task, self.data[split], self.tokenizer, max_tokens)
+
+    def _trainer(self, call: ObjectRef, doing: str):
+        return get(call, self.config.ray.timeout_s, "the training actor", doing)
+
+    def _training_clock(self) -> float:
+        """Seconds that stand still during evaluations."""
+        return time.perf_counter() - self.clock.total["eval"]
+
+    def finish(self, before: dict[str, float]) -> None:
+        """Evaluate, export the model, write summary.json and the plots, and tell the user."""
+        training_s = self._training_clock() - self.started_s
+        after = self.evaluate("test")
+        self._trainer(self.trainer.export.remote(self.run_dir / "model"), "exporting the model")
+        self.log.close()
+        summary = {
+            "eval": {"before": before, "after": after},
+            "steps": self.num_steps,
+            "samples_trained": self.samples_trained,
+            "policy_version": self.policy_version,
+            "wall_s": round(training_s, 3),
+            "samples_per_s": round(self.samples_trained / training_s, 1),
+            "phases_s": {name: round(s, 3) for name, s in self.clock.total.items() if name != "eval"},
+            "restarts": {},
+        }
+        (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        plot_run(self.run_dir)
+        print(
+            f"\n{self.samples_trained} responses in {self.num_steps} steps, {training_s:.0f} s of training "
+            f"({summary['samples_per_s']:.0f} a second); model, metrics and plots are in {os.path.relpath(self.run_dir)}\n"
+            f"Held-out accuracy on {after['n']} test problems: {before['accuracy']:.1%} before, "
+            f"{after['accuracy']:.1%} after"
+        )

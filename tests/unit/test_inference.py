@@ -1,0 +1,112 @@
+"""The inference actor's loop on a stub engine, without Ray."""
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from grpo import inference
+from grpo.inference import InferenceActor, Request, Sampling
+from grpo.rollout import Completions
+
+
+class Counting:
+    """Finishes one queued request a step; its responses hold the prompt and the version of that step."""
+
+    def __init__(self, spec=None) -> None:
+        self.queue: list[Request] = []
+        self.policy_version, self.seeds = 0, []
+
+    def add(self, request: Request) -> None:
+        self.queue.append(request)
+
+    def has_work(self) -> bool:
+        return bool(self.queue)
+
+    def step(self) -> Completions | None:
+        request = self.queue.pop()
+        if not request.prompt:
+            raise RuntimeError("the engine broke")
+        n, size = request.sampling.num_responses, len(request.prompt)
+        return Completions(
+            np.full(n, request.request_id),
+            np.full(n, size),
+            np.full(n, True),
+            np.tile(request.prompt, n),
+            np.zeros(n * size, dtype=np.float32),
+            np.full(n * size, self.policy_version, dtype=np.int32),
+        )
+
+    def update_weights(self, version: int) -> None:
+        self.policy_version = version
+
+    def reseed(self, seed: int) -> None:
+        self.seeds.append(seed)
+
+
+@pytest.fixture
+def actor(monkeypatch) -> InferenceActor:
+    monkeypatch.setattr(inference, "make_engine", Counting)
+    return InferenceActor(None)
+
+
+def requests(*ids: int, num_responses: int = 2) -> list[Request]:
+    return [Request(i, [i, i + 1], Sampling(num_responses, 4, 1.0)) for i in ids]
+
+
+def test_every_request_gets_its_responses_and_none_is_returned_twice(actor):
+    async def scenario() -> None:
+        await actor.start()
+        first = await actor.exchange(requests(3, 1, 2), at_least=6, seed=9)
+        assert first.in_request_order().request_id.tolist() == [1, 1, 2, 2, 3, 3]
+        assert first.in_request_order().responses() == [[1, 2], [1, 2], [2, 3], [2, 3], [3, 4], [3, 4]]
+        second = await actor.exchange(requests(7), at_least=2)
+        assert second.request_id.tolist() == [7, 7]
+        assert actor.engine.seeds == [9]
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+def test_an_exchange_returns_once_enough_have_finished_and_the_rest_comes_later(actor):
+    async def scenario() -> None:
+        await actor.start()
+        early = await actor.exchange(requests(0, 1, 2, 3), at_least=2)
+        assert 2 <= len(early) < 8
+        late = await actor.exchange([], at_least=8 - len(early))
+        assert sorted([*early.request_id, *late.request_id]) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+def test_a_weight_update_falls_between_two_steps_and_answers_its_version(actor):
+    async def scenario() -> None:
+        await actor.start()
+        running = asyncio.create_task(actor.exchange(requests(*range(6)), at_least=12))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert await actor.update_weights(5) == 5
+        assert set((await running).versions.tolist()) == {0, 5}
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+def test_an_engines_error_reaches_whoever_waits(actor):
+    async def scenario() -> None:
+        await actor.start()
+        broken = Request(1, [], Sampling(1, 4, 1.0))
+        with pytest.raises(RuntimeError, match="the engine broke"):
+            await actor.exchange([broken], at_least=1)
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+def test_asking_for_more_than_was_requested_and_reseeding_a_busy_engine_are_refused(actor):
+    async def scenario() -> None:
+        await actor.start()
+        with pytest.raises(AssertionError, match="more responses were asked for"):
+            await actor.exchange(requests(0), at_least=3)
+        actor.engine.add(requests(1)[0])
+        with pytest.raises(AssertionError, match="only while it is idle"):
+            await actor.exchange([], at_least=1, seed=1)
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
