@@ -200,8 +200,12 @@ class OptimizerConfig:
         _check(self.lr > 0 and math.isfinite(self.lr), "optimizer.lr", self.lr, "must be above 0")
         _at_least("optimizer", self, 0, "weight_decay", "warmup_steps")
         _check(self.clip_grad_norm > 0, "optimizer.clip_grad_norm", self.clip_grad_norm, "must be above 0")
-        for beta in self.betas:
-            _check(0 <= beta < 1, "optimizer.betas", self.betas, "must each be in [0, 1)")
+        _check(
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            "optimizer.betas",
+            self.betas,
+            "must be two numbers in [0, 1)",
+        )
 
 
 @dataclass

@@ -6,6 +6,7 @@ would poison a whole group.
 
 import importlib.util
 import math
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,10 +44,18 @@ def load_reward_function(spec: str) -> RewardFunction:
         raise ConfigError(f"env.reward_fn ({spec}): there is no file {path}")
     module_spec = importlib.util.spec_from_file_location(f"reward_fn_{Path(path).stem}", path)
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:  # the user's code may raise anything
+        raise ConfigError(f"env.reward_fn ({spec}): importing {path} raised {_what_and_where(error)}") from error
     if not callable(getattr(module, name, None)):
         raise ConfigError(f"env.reward_fn ({spec}): {path} has no function {name}")
     return getattr(module, name)
+
+
+def _what_and_where(error: Exception) -> str:
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({last.filename}:{last.lineno})"
 
 
 def apply_reward_function(
@@ -54,7 +63,10 @@ def apply_reward_function(
 ) -> list[float]:
     """The rewards that `function` gives, checked: as many as there are responses, each a finite number."""
     name = function.__name__
-    rewards = list(function(prompts, responses, answers))
+    try:
+        rewards = list(function(prompts, responses, answers))
+    except Exception as error:  # the user's code may raise anything
+        raise RewardError(f"env.reward_fn {name} raised {_what_and_where(error)}") from error
     if len(rewards) != len(responses):
         raise RewardError(f"env.reward_fn {name} returned {len(rewards)} rewards for {len(responses)} responses")
     for reward, prompt, response in zip(rewards, prompts, responses, strict=True):

@@ -16,7 +16,7 @@ from grpo.tasks import Problem
 Expression = tuple[int, str, int, str, int]
 
 OPERATIONS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
-ANSWER = re.compile(r"<answer>\s*([-−]?\d+)\s*</answer>")
+ANSWER = re.compile(r"<answer>\s*([-−]?\d{1,18})\s*</answer>")
 SPLIT_SEED = 1234
 SPLIT_SIZES = {"test": 1000, "validation": 500, "warm_up": 3500}  # at least; the rest is train
 

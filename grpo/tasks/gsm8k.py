@@ -15,7 +15,7 @@ from grpo.errors import DataError
 from grpo.rewards import Grade
 from grpo.tasks import Problem
 
-STATED = re.compile(r"####\s*([-−]?\$?[\d,]*\.?\d+)")
+STATED = re.compile(r"####\s*([-−]?\$?[\d,]{0,30}\.?\d{1,30})")
 
 
 def number(text: str) -> Fraction:
@@ -54,11 +54,14 @@ def _read_jsonl(path: str) -> list[dict]:
     if not Path(path).is_file():
         raise DataError(f"env.data ({path}): there is no such file")
     rows = []
-    for line_number, line in enumerate(Path(path).read_text().splitlines(), start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise DataError(f"env.data {path}:{line_number} is not JSON: {error}") from None
+    with open(path) as lines:
+        for line_number, line in enumerate(lines, start=1):
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise DataError(f"env.data {path}:{line_number} is not JSON: {error}") from None
+            if not isinstance(rows[-1], dict):
+                raise DataError(f"env.data {path}:{line_number} is not a JSON object: {line.strip()[:60]}")
     return rows
 
 
