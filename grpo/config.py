@@ -27,6 +27,7 @@ RENAMED = {
     "train.num_generations": "env.repeats",
     "train.beta": "train.kl_to_ref_coeff",
     "train.learning_rate": "optimizer.lr",
+    "optimizer.learning_rate": "optimizer.lr",
 }
 
 
@@ -50,7 +51,7 @@ class EnvConfig:
     """The task: where prompts come from and how responses are scored."""
 
     dataset: str = "gsm8k"  # a file of grpo/tasks
-    data: str | None = None  # a local JSONL or Parquet file instead of the hub's data set
+    data: str | None = None  # a local JSONL file instead of the hub's data set
     reward_fn: str | None = None  # PATH.py:FUNCTION that replaces the task's reward
     num_envs: int = 64  # groups in flight at an engine
     repeats: int = 8  # group size K: responses sampled for a prompt
@@ -120,7 +121,7 @@ class InferenceModelConfig:
         _one_process(section, self.num_devices)
         _one_of(f"{section}.backend", self.backend, ("vllm", "transformers"))
         _at_least(section, self, 1, "max_tokens")
-        _check(self.temperature > 0, f"{section}.temperature", self.temperature, "must be above 0 to explore")
+        _check(0 < self.temperature < math.inf, f"{section}.temperature", self.temperature, "must be above 0 to explore")
         _check(0 < self.top_p <= 1, f"{section}.top_p", self.top_p, "must be in (0, 1]")
         _check(
             self.top_p == 1 or self.temperature == 1,
@@ -261,7 +262,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         _one_of("mode", self.mode, ("sync", "async"))
         _one_of("device", self.device, ("auto", "cpu", "cuda", "mps"))
-        _check(self.seed >= 0, "seed", self.seed, "must be at least 0")
+        _check(0 <= self.seed < 2**31, "seed", self.seed, "must be at least 0 and below 2^31")
         train, repeats = self.train, self.env.repeats
         for name in ("dialog_turns_per_batch", "optim_batch_size"):
             value = getattr(train, name)
@@ -356,7 +357,7 @@ def check_keys(keys: list[str], groups: list[str]) -> None:
         if key in RENAMED:
             raise ConfigError(f"{key} is not a key of this program: use {RENAMED[key]}")
         same_name = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
-        near = same_name or difflib.get_close_matches(key, known + groups, n=1, cutoff=0.0)
+        near = difflib.get_close_matches(key, same_name or known + groups, n=1, cutoff=0.0)
         raise ConfigError(f"unknown key {key}: the nearest known key is {near[0]}")
 
 

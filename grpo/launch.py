@@ -14,6 +14,7 @@ import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -30,12 +31,18 @@ def compose(config_name: str, overrides: list[str]) -> RunConfig:
     """The checked configuration of config/`config_name`.yaml with `overrides`; raises ConfigError in one line."""
     groups = sorted(path.name for path in CONFIG_DIR.iterdir() if path.is_dir())
     try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
-        check_keys([override.key_or_group for override in parsed], groups)
+        check_keys([_parse(override).key_or_group for override in overrides], groups)
         with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             return from_dictconfig(hydra.compose(config_name, overrides=overrides))
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(readable(error)) from None
+
+
+def _parse(override: str) -> Override:
+    try:
+        return OverridesParser.create().parse_override(override)
+    except HydraException:
+        raise ConfigError(f"{override} is not an override that can be read: write key=value") from None
 
 
 def launch(mode: str, default_config: str, main: Callable[[RunConfig, Path], None]) -> None:

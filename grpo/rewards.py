@@ -9,6 +9,7 @@ import math
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 
 from grpo.errors import ConfigError, RewardError
@@ -62,7 +63,7 @@ def apply_reward_function(
     function: RewardFunction, prompts: list[str], responses: list[str], answers: list[str]
 ) -> list[float]:
     """The rewards that `function` gives, checked: as many as there are responses, each a finite number."""
-    name = function.__name__
+    name = getattr(function, "__name__", repr(function))
     try:
         rewards = list(function(prompts, responses, answers))
     except Exception as error:  # the user's code may raise anything
@@ -70,7 +71,7 @@ def apply_reward_function(
     if len(rewards) != len(responses):
         raise RewardError(f"env.reward_fn {name} returned {len(rewards)} rewards for {len(responses)} responses")
     for reward, prompt, response in zip(rewards, prompts, responses, strict=True):
-        if not isinstance(reward, (int, float)) or not math.isfinite(reward):
+        if not isinstance(reward, Real) or not math.isfinite(reward):
             raise RewardError(
                 f"env.reward_fn {name} returned {reward!r} where a finite number is needed, "
                 f"for the response {response[:80]!r} to the prompt {prompt[:80]!r}"

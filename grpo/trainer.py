@@ -77,11 +77,11 @@ class TrainerActor:
             kl_to_inference_coeff=spec.train.kl_to_inference_coeff,
             entropy_coeff=spec.train.entropy_coeff,
         )
-        self.sender = SharedMemorySender(self.model.named_parameters())
         return os.getpid()
 
     def weights_description(self) -> dict:
-        """What engines need to map the weights that `publish` writes."""
+        """Allocate what `publish` writes to; returns what engines need to map it."""
+        self.sender = SharedMemorySender(self.model.named_parameters())
         return self.sender.description()
 
     def weights_mapped(self) -> None:

@@ -1,8 +1,8 @@
 """Versioned weight pushes: the trainer packs its parameters, engines load them between two engine steps.
 
 Transport here is shared memory on one host. The trainer owns a segment laid out as `Layout` says and writes the whole
-model into it; an engine maps the same segment and loads from it. The segment's name is removed as soon as every engine
-has mapped it, so that nothing is left behind however the run ends.
+model into it; an engine maps the same segment and loads from it. The segment's name lives only until every engine has
+mapped it, so that a run that is killed later leaves nothing behind.
 
     trainer: write(version) ──> segment ──> engine: load, answer with the version it now has
              the driver orders the two calls, so nobody writes while an engine reads

@@ -6,8 +6,10 @@ A new task is one file with a `load(config: EnvConfig) -> Task`, chosen by `env.
 import importlib
 import pkgutil
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from grpo.config import EnvConfig
@@ -28,7 +30,7 @@ class Problem:
 class Task(Protocol):
     """What a task module's `load` returns."""
 
-    system_prompt: str  # told to models whose chat template has a place for it
+    system_prompt: str  # what the task expects of a response
 
     def problems(self, split: str) -> list[Problem]:
         """The problems of `train`, `validation` or `test`; no problem is in two of them."""
@@ -55,8 +57,12 @@ def encode(problem: Problem, task: Task, tokenizer: PreTrainedTokenizerBase) -> 
     """The prompt's token ids: the chat template where the tokenizer has one, plain text where it has none."""
     if tokenizer.chat_template is None:
         return tokenizer(f"{task.system_prompt}\n\n{problem.question}\n")["input_ids"]
-    messages = [{"role": "system", "content": task.system_prompt}, {"role": "user", "content": problem.question}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    system, user = {"role": "system", "content": task.system_prompt}, {"role": "user", "content": problem.question}
+    template = partial(tokenizer.apply_chat_template, add_generation_prompt=True, tokenize=True, return_dict=False)
+    try:
+        return template([system, user])
+    except TemplateError:  # some templates refuse a system message: it is then told by the user
+        return template([user | {"content": f"{task.system_prompt}\n\n{problem.question}"}])
 
 
 @dataclass

@@ -15,7 +15,8 @@ from grpo.errors import DataError
 from grpo.rewards import Grade
 from grpo.tasks import Problem
 
-STATED = re.compile(r"####\s*([-−]?\$?[\d,]{0,30}\.?\d{1,30})")
+# A whole number, never a part of one: 5 is not read out of 5/6, 1e3 or 5.x.
+STATED = re.compile(r"####\s*([-−]?\$?(?:\d[\d,]{0,30}(?:\.\d{1,30})?|\.\d{1,30}))(?!\w|/|[.,]\d)")
 
 
 def number(text: str) -> Fraction:
@@ -54,14 +55,14 @@ def _read_jsonl(path: str) -> list[dict]:
     if not Path(path).is_file():
         raise DataError(f"env.data ({path}): there is no such file")
     rows = []
-    with open(path) as lines:
+    with open(path, "rb") as lines:
         for line_number, line in enumerate(lines, start=1):
             try:
                 rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
                 raise DataError(f"env.data {path}:{line_number} is not JSON: {error}") from None
             if not isinstance(rows[-1], dict):
-                raise DataError(f"env.data {path}:{line_number} is not a JSON object: {line.strip()[:60]}")
+                raise DataError(f"env.data {path}:{line_number} is not a JSON object")
     return rows
 
 

@@ -69,6 +69,14 @@ def test_rollout_metrics_give_hand_worked_values():
     )
 
 
+def test_a_group_is_equal_by_its_rewards_whatever_the_verdicts():
+    rollouts = batch()
+    rollouts["records"][0].grades[:] = [grade(0.5, "correct", "2"), grade(0.5, "wrong", "3")]
+    assert rollout_metrics(rollouts, 5)["rollout/equal_groups"] == 1
+    rollouts["records"][1].grades[:] = [grade(0.5, "wrong", "2"), grade(0.25, "wrong", "3")]
+    assert rollout_metrics(rollouts, 5)["rollout/equal_groups"] == 0.5
+
+
 def test_the_penalty_is_among_them_where_there_is_one():
     rollouts = batch()
     rollouts["kl_penalty"] = torch.tensor([0.0, 0.2, 0.4, 0.6])

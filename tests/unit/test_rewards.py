@@ -84,3 +84,15 @@ def test_a_function_that_raises_is_a_reward_error_that_names_it():
 
     with pytest.raises(RewardError, match="my_reward"):
         apply(my_reward)
+
+
+@pytest.mark.parametrize(
+    ("source", "what"), [("def score(:\n", "SyntaxError"), ("import no_such_module\n", "no_such_module")]
+)
+def test_a_file_that_cannot_be_imported_is_a_config_error_that_names_it(tmp_path, source, what):
+    path = tmp_path / "mine.py"
+    path.write_text(source)
+    with pytest.raises(ConfigError) as raised:
+        load_reward_function(f"{path}:score")
+    assert str(path) in str(raised.value)
+    assert what in str(raised.value)

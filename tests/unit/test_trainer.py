@@ -30,9 +30,9 @@ def make_trainer(model_path, monkeypatch):
 
     def stop() -> None:
         if started:
-            sender = started.pop().sender
-            if os.path.exists(sender.path):
-                sender.unlink()
+            trainer = started.pop()
+            if hasattr(trainer, "sender") and os.path.exists(trainer.sender.path):
+                trainer.sender.unlink()
             dist.destroy_process_group()
 
     def make(optimizer: OptimizerConfig = LARGE_STEPS, uses_reference: bool = True, **train) -> TrainerActor:
@@ -215,6 +215,18 @@ def test_the_adaptive_optimisers_move_each_weight_by_the_learning_rate_at_first(
     after = weights(trainer)
     moved = (after["model.norm.weight"] - start["model.norm.weight"]).abs()
     assert moved.tolist() == pytest.approx([0.01] * 16, rel=1e-2)
+
+
+def test_adamws_weight_decay_is_decoupled_and_scaled_by_the_rate(make_trainer, batch):
+    after = {}
+    for decay in (0.0, 0.5):
+        trainer = make_trainer(OptimizerConfig(name="adamw", lr=0.01, warmup_steps=2, weight_decay=decay))
+        start = weights(trainer)
+        trainer.step(batch)
+        after[decay] = weights(trainer)
+    # The first of two ramp steps has half the rate: each weight shrinks by 0.005 x 0.5 of itself.
+    expected = {name: after[0.0][name] - 0.0025 * start[name] for name in start}
+    assert largest_difference(after[0.5], expected) < 1e-6
 
 
 def test_without_a_reference_its_term_and_metric_are_gone(make_trainer, batch):
