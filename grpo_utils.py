@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 import ray
@@ -21,12 +20,12 @@ from grpo.collect import EnginePool, Finish, GroupCollector, InferencePolicy, Pr
 from grpo.config import RunConfig
 from grpo.inference import EngineSpec, InferenceActor, Sampling
 from grpo.metrics import Clock, RunLog
-from grpo.models import load_tokenizer
+from grpo.models import check_files, load_tokenizer
 from grpo.plan import Plan, make_plan
 from grpo.reference import ReferenceActor
-from grpo.remote import get
+from grpo.remote import get, get_all
 from grpo.replay import make_replay_buffer
-from grpo.rewards import load_reward_function
+from grpo.rewards import apply_reward_function, load_reward_function
 from grpo.run import Run
 from grpo.trainer import TrainerActor, TrainerSpec
 
@@ -39,8 +38,13 @@ def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
     task = tasks.load(config.env)
     reward_function = load_reward_function(config.env.reward_fn) if config.env.reward_fn else None
     model = builtin.resolve(config.model.name, config.model.cache_dir)
+    check_files(model)
     tokenizer = load_tokenizer(model)
     data = load_data(config, task, tokenizer)
+    if reward_function is not None:  # a first call, so that a broken one is found before anything starts
+        first = data["train"].problems[: config.env.repeats]
+        questions, answers = [problem.question for problem in first], [problem.answer for problem in first]
+        apply_reward_function(reward_function, questions, answers, answers)
     stream = PromptStream(len(data["train"].problems), config.seed)
     group_size, clock = config.env.repeats, Clock()
     num_groups = config.train.dialog_turns_per_batch // group_size
@@ -52,7 +56,7 @@ def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
         engines = EnginePool(actors, config.ray.timeout_s)
         background = ThreadPoolExecutor(1, thread_name_prefix="collect")
         closing.callback(background.shutdown, wait=False, cancel_futures=True)
-        log = RunLog(run_dir, config.logging, config.num_steps, asdict(config))
+        log = RunLog(run_dir, config)
         closing.callback(log.close)
         yield Run(
             config=config,
@@ -75,51 +79,51 @@ def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
 def load_data(config: RunConfig, task: tasks.Task, tokenizer: PreTrainedTokenizerBase) -> dict[str, tasks.EncodedProblems]:
     """The three splits as token ids; raises DataError where one is empty."""
     limits = {"train": None, "validation": config.env.validation_size, "test": config.env.test_size}
-    return {
+    data = {
         split: tasks.encode_split(task, split, tokenizer, config.env.max_prompt_length, limit)
         for split, limit in limits.items()
     }
+    for split, encoded in data.items():
+        if encoded.dropped:
+            print(f"{encoded.dropped} prompts of the {split} split are longer than env.max_prompt_length and left out")
+    return data
 
 
 def _start_ray(config: RunConfig, plan: Plan, closing: ExitStack) -> None:
-    local = {
-        "num_cpus": sum(plan.roles.values()),
-        "object_store_memory": config.ray.object_store_memory,
-        "_temp_dir": config.ray.temp_dir,
-        "include_dashboard": False,
-    }
     path = [str(Path(__file__).parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     ray.init(
-        address=config.ray.address,
+        address="local",
+        num_cpus=sum(plan.roles.values()),
+        object_store_memory=config.ray.object_store_memory,
+        _temp_dir=config.ray.temp_dir,
+        include_dashboard=False,
         log_to_driver=False,
         logging_level="error",
         runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(path)}},
-        **(local if config.ray.address == "local" else {}),
     )
     closing.callback(ray.shutdown)
 
 
 def _start_actors(config: RunConfig, plan: Plan, model: str) -> tuple[ActorHandle, ActorHandle | None, list[ActorHandle]]:
     """Start the actors side by side and wait until each has its model: (trainer, reference or None, engines)."""
-    gpus = 1 if plan.device == "cuda" else 0
     threads = {"OMP_NUM_THREADS": str(plan.threads)}
 
     def remote(cls, environment: dict[str, str]):
-        return ray.remote(num_cpus=1, num_gpus=gpus, runtime_env={"env_vars": threads | environment})(cls)
+        return ray.remote(num_cpus=1, num_gpus=plan.gpus_per_process, runtime_env={"env_vars": threads | environment})(cls)
 
     inference, train = config.inference_model, config.train
-    micro_batch = train.optim_batch_size // train.gradient_accumulation_steps
     attention = config.model.attn_implementation
     objective = (config.objective, train, config.optimizer, config.uses_reference)
     train_device = "cpu" if plan.device == "mps" else plan.device  # FSDP2 has no backend for mps
     trainer = remote(TrainerActor, {}).remote(TrainerSpec(model, attention, train_device, inference.temperature, *objective))
     reference = None
     if config.uses_reference:
-        reference = remote(ReferenceActor, {}).remote(model, attention, plan.device, inference.temperature, micro_batch)
+        reference = remote(ReferenceActor, {}).remote(model, attention, plan.device, inference.temperature)
     spec = EngineSpec(
         backend=inference.backend,
         model=model,
         device=plan.device,
+        dtype="float32" if plan.device == "cpu" else inference.dtype,
         seed=config.seed,
         max_concurrent=config.env.num_envs * config.env.repeats,
         max_length=config.env.max_prompt_length + inference.max_tokens,
@@ -129,16 +133,13 @@ def _start_actors(config: RunConfig, plan: Plan, model: str) -> tuple[ActorHandl
         enforce_eager=inference.enforce_eager or plan.device == "cpu",
     )
     engines = [remote(InferenceActor, engine_environment(spec)).remote(spec)]
-    timeout, key = config.ray.start_timeout_s, "ray.start_timeout_s"
-    rendezvous = get(trainer.open_rendezvous.remote(), timeout, "the training actor", "starting", key)
-    starting = {
-        "the inference actor": engines[0].start.remote(),
-        "the training actor": trainer.start.remote(0, 1, rendezvous, config.ray.timeout_s),
-    }
+    starting = {"the inference actor": engines[0].start.remote()}
     if reference is not None:
         starting["the reference actor"] = reference.start.remote()
-    for name, call in starting.items():
-        get(call, timeout, name, "starting", key)
+    timeout, key = config.ray.start_timeout_s, "ray.start_timeout_s"
+    rendezvous = get(trainer.open_rendezvous.remote(), timeout, "the training actor", "starting", key)
+    starting["the training actor"] = trainer.start.remote(0, 1, rendezvous, config.ray.timeout_s)
+    get_all(starting, timeout, "starting", key)
     return trainer, reference, engines
 
 

@@ -110,6 +110,7 @@ class InferenceModelConfig:
 
     num_devices: int = 1
     backend: str = "vllm"
+    dtype: str = "auto"  # of vLLM on a GPU: auto is the model's own, bfloat16 for a float32 one; a CPU computes in float32
     gpu_memory_utilization: float = 0.9  # share of a GPU's memory that vLLM may take; a CPU gets what num_envs needs
     max_tokens: int = 512  # response budget in tokens
     temperature: float = 1.0
@@ -120,6 +121,7 @@ class InferenceModelConfig:
         section = "inference_model"
         _one_process(section, self.num_devices)
         _one_of(f"{section}.backend", self.backend, ("vllm", "transformers"))
+        _one_of(f"{section}.dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         _at_least(section, self, 1, "max_tokens")
         _check(0 < self.temperature < math.inf, f"{section}.temperature", self.temperature, "must be above 0 to explore")
         _check(0 < self.top_p <= 1, f"{section}.top_p", self.top_p, "must be in (0, 1]")
@@ -178,10 +180,11 @@ class TrainConfig:
     kl_coef_in_loss: bool = True  # false: the reference term is taken off the reward
     entropy_coeff: float = 0.0
     eval_frequency: int = 0  # optimiser steps between evaluations on the validation split; 0: never
+    logging_frequency: int = 1  # optimiser steps between points sent to Weights & Biases and TensorBoard
 
     def __post_init__(self) -> None:
         counts = ("total_dialog_turns", "dialog_turns_per_batch", "epochs", "optim_batch_size")
-        _at_least("train", self, 1, *counts, "gradient_accumulation_steps")
+        _at_least("train", self, 1, *counts, "gradient_accumulation_steps", "logging_frequency")
         _at_least("train", self, 0, "kl_to_ref_coeff", "kl_to_inference_coeff", "entropy_coeff", "eval_frequency")
 
 
@@ -211,9 +214,8 @@ class OptimizerConfig:
 
 @dataclass
 class RayConfig:
-    """The cluster that hosts the actors."""
+    """The cluster that hosts the actors: one is started for the run."""
 
-    address: str = "local"  # local starts one for this run
     temp_dir: str | None = None  # keep it short: socket paths under it have 107 characters
     object_store_memory: int = 256 << 20  # bytes
     start_timeout_s: float = 300.0  # until an actor has loaded its model
@@ -229,15 +231,11 @@ class LoggingConfig:
     """What is written besides metrics.jsonl, which always is."""
 
     progress: bool = True
-    logging_frequency: int = 1  # optimiser steps between points sent to Weights & Biases and TensorBoard
     wandb: bool = False
     project: str = "grpo"
     run_name: str | None = None  # the run directory's name by default
     tensorboard: bool = False
     rollout_tokens: bool = False  # token ids, log-probs and versions in rollouts.jsonl too
-
-    def __post_init__(self) -> None:
-        _at_least("logging", self, 1, "logging_frequency")
 
 
 @dataclass

@@ -19,7 +19,12 @@ class TransformersEngine:
         self.spec = spec
         self.device = torch.device(spec.device)
         self.model = load_model(spec.model, self.device)
-        self.eos = load_tokenizer(spec.model).eos_token_id
+        own = self.model.generation_config
+        ends = own.eos_token_id if own.eos_token_id is not None else load_tokenizer(spec.model).eos_token_id
+        self.ends = torch.tensor(ends).reshape(-1)
+        # `generate` fills what a call leaves open from the model's own settings, such as a repetition penalty; what is
+        # sampled then would not be the policy.
+        self.model.generation_config = GenerationConfig()
         self.parameters = dict(self.model.named_parameters())
         self.queue: deque[Request] = deque()
         self.policy_version = 0
@@ -53,8 +58,8 @@ class TransformersEngine:
             temperature=None if greedy else sampling.temperature,
             top_p=None if greedy else sampling.top_p,
             top_k=None if greedy else 0,
-            eos_token_id=self.eos,
-            pad_token_id=self.eos,
+            eos_token_id=self.ends.tolist(),
+            pad_token_id=int(self.ends[0]),
             use_cache=True,
         )
         output = self.model.generate(
@@ -65,7 +70,7 @@ class TransformersEngine:
     def _completions(
         self, requests: list[Request], rows: list[list[int]], output: torch.Tensor, temperature: float
     ) -> Completions:
-        ended = output == self.eos
+        ended = torch.isin(output, self.ends)
         stopped = ended.any(1)
         length = torch.where(stopped, ended.int().argmax(1) + 1, output.shape[1])
         prompt_length = torch.tensor([len(row) for row in rows])
@@ -81,7 +86,6 @@ class TransformersEngine:
             prompt_length.to(self.device),
             mask.to(self.device),
             temperature,
-            self.spec.max_concurrent,
         ).cpu()
         return Completions(
             request_id=np.repeat([r.request_id for r in requests], requests[0].sampling.num_responses),

@@ -22,11 +22,12 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from grpo.inference import EngineSpec, Request
-from grpo.models import read_config
+from grpo.models import kv_cache_bytes, read_config
 from grpo.rollout import Completions
 from grpo.weight_sync import SharedMemoryReceiver
 
 TRANSFER = "shared_memory"
+MAX_BATCHED_TOKENS = 8192  # a step
 CPU_BLOCK_SIZE = 32  # tokens; the smallest that vLLM has on a CPU, and short responses waste the least of it
 
 
@@ -88,14 +89,10 @@ if TRANSFER not in WeightTransferEngineFactory._registry:
     WeightTransferEngineFactory.register_engine(TRANSFER, SharedMemoryTransfer)
 
 
-def kv_cache_bytes(spec: EngineSpec) -> int:
-    """What `max_concurrent` responses of full length need on a CPU, in float32, with one block to spare each."""
-    config = read_config(spec.model)
-    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    block_bytes = CPU_BLOCK_SIZE * 2 * config.num_hidden_layers * heads * head_dim * 4
-    blocks = spec.max_concurrent * (math.ceil(spec.max_length / CPU_BLOCK_SIZE) + 1)
-    return block_bytes * (blocks + 1)
+def cpu_cache_bytes(spec: EngineSpec) -> int:
+    """What `max_concurrent` responses of full length need in whole blocks, with one to spare each."""
+    blocks = spec.max_concurrent * (math.ceil(spec.max_length / CPU_BLOCK_SIZE) + 1) + 1
+    return kv_cache_bytes(read_config(spec.model), blocks * CPU_BLOCK_SIZE, 4)
 
 
 class VLLMEngine:
@@ -104,17 +101,18 @@ class VLLMEngine:
     def __init__(self, spec: EngineSpec) -> None:
         on_cpu = spec.device == "cpu"
         memory = (
-            {"kv_cache_memory_bytes": kv_cache_bytes(spec), "block_size": CPU_BLOCK_SIZE}
+            {"kv_cache_memory_bytes": cpu_cache_bytes(spec), "block_size": CPU_BLOCK_SIZE}
             if on_cpu
             else {"gpu_memory_utilization": spec.gpu_memory_utilization}
         )
         self.engine = LLMEngine.from_engine_args(
             EngineArgs(
                 model=spec.model,
-                dtype="float32" if on_cpu else "auto",
+                dtype=spec.dtype,
                 seed=spec.seed,
                 max_model_len=spec.max_length,
                 max_num_seqs=spec.max_concurrent,
+                max_num_batched_tokens=max(MAX_BATCHED_TOKENS, spec.max_concurrent, spec.max_length),
                 enforce_eager=spec.enforce_eager,
                 async_scheduling=False,  # a step that is still in flight would straddle a push
                 # Log-probs are those of the distribution that is sampled from; with top_p it is the whole one.
@@ -200,4 +198,5 @@ class VLLMEngine:
         self.engine.reset_prefix_cache(reset_running_requests=True)
 
     def reseed(self, seed: int) -> None:
+        self.engine.reset_prefix_cache()  # what is cached changes the shapes computed, and so the last bits
         self.engine.collective_rpc("reseed", args=(seed,))

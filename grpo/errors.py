@@ -21,6 +21,10 @@ class RewardError(UserError):
     """A reward function that raised or returned something that is not a finite number."""
 
 
+class TrainingError(UserError):
+    """An optimiser step that would have destroyed the weights."""
+
+
 class ActorError(UserError):
     """An actor that died, or did not answer by its deadline."""
 

@@ -44,6 +44,7 @@ class EngineSpec:
     backend: str  # vllm or transformers
     model: str
     device: str
+    dtype: str  # of vLLM's weights; transformers runs in float32
     seed: int
     max_concurrent: int  # responses in flight
     max_length: int  # prompt + response, tokens

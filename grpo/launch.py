@@ -5,7 +5,6 @@ ends in one line, in a second or two, with nothing started and nothing written.
 """
 
 import os
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +44,11 @@ def _parse(override: str) -> Override:
         raise ConfigError(f"{override} is not an override that can be read: write key=value") from None
 
 
+def _first_of_sweep(override: str) -> str:
+    parsed = _parse(override)
+    return f"{parsed.key_or_group}={next(parsed.sweep_string_iterator())}" if parsed.is_sweep_override() else override
+
+
 def launch(mode: str, default_config: str, main: Callable[[RunConfig, Path], None]) -> None:
     """Run `main(config, run_dir)` under Hydra; user errors end in one line on stderr and exit code 1."""
     arguments = get_args_parser().parse_args()
@@ -54,6 +58,8 @@ def launch(mode: str, default_config: str, main: Callable[[RunConfig, Path], Non
             _check_overrides(arguments, mode, default_config)
     except UserError as error:
         sys.exit(_report(error))
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
 
     @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=default_config)
     def run(config: DictConfig) -> None:
@@ -76,8 +82,8 @@ def _check_overrides(arguments, mode: str, default_config: str) -> None:
         known = ", ".join(sorted(path.stem for path in CONFIG_DIR.glob("*.yaml")))
         raise ConfigError(f"--config-name {name}: there is no such configuration; there are {known}")
     overrides = list(arguments.overrides)
-    if arguments.multirun:  # a sweep's values are checked when its jobs start; here the first of each
-        overrides = [re.sub(r"^([^=]+=[^,\[{(]*),.*$", r"\1", override) for override in overrides]
+    if arguments.multirun:  # a sweep's other values are checked when its jobs start
+        overrides = [_first_of_sweep(override) for override in overrides]
     config = compose(name, overrides)
     if config.mode != mode:
         raise ConfigError(f"mode ({config.mode}) must be {mode} for {SCRIPTS[mode]}: use {SCRIPTS[config.mode]}")

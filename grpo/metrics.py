@@ -10,13 +10,14 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from tensordict import TensorDict
 from tqdm import tqdm
 
-from grpo.config import LoggingConfig
+from grpo.config import RunConfig
 
 METRICS = {
     "rollout/reward_mean": "mean reward of the batch's responses",
@@ -158,11 +159,12 @@ class RunLog:
     stand in its line.
     """
 
-    def __init__(self, run_dir: Path, config: LoggingConfig, num_steps: int, settings: dict) -> None:
-        self.config, self.held, self.start = config, None, time.time()
+    def __init__(self, run_dir: Path, run_config: RunConfig) -> None:
+        config, self.frequency = run_config.logging, run_config.train.logging_frequency
+        self.held, self.start = None, time.time()
         self.metrics_file = open(run_dir / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
         self.rollouts_file = open(run_dir / "rollouts.jsonl", "a")  # noqa: SIM115
-        self.bar = tqdm(total=num_steps, unit="step", disable=not config.progress, dynamic_ncols=True)
+        self.bar = tqdm(total=run_config.num_steps, unit="step", disable=not config.progress, dynamic_ncols=True)
         self.wandb = self.tensorboard = None
         name = config.run_name or "_".join(run_dir.parts[-2:])
         if config.wandb:
@@ -171,7 +173,7 @@ class RunLog:
             mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
             quiet = wandb.Settings(quiet=True, console="off")
             self.wandb = wandb.init(
-                project=config.project, name=name, mode=mode, dir=run_dir, config=settings, settings=quiet
+                project=config.project, name=name, mode=mode, dir=run_dir, config=asdict(run_config), settings=quiet
             )
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -212,7 +214,7 @@ class RunLog:
         unknown = record.keys() - METRICS.keys() - {"step", "time_s", "policy_version"}
         assert not unknown, f"metrics without a line in the table: {sorted(unknown)}"
         self.metrics_file.write(json.dumps(record) + "\n")
-        if record["step"] % self.config.logging_frequency == 0:
+        if record["step"] % self.frequency == 0 or "eval/accuracy" in record:
             points = {name: value for name, value in record.items() if name in METRICS}
             if self.wandb is not None:
                 self.wandb.log(points, step=record["step"])

@@ -18,12 +18,21 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from grpo.errors import ConfigError, one_line
 
+LOGITS = 2**27  # that are scored at a time: 512 MiB in float32
 
-def read_config(name: str):
+
+def read_config(name: str) -> PreTrainedConfig:
     """The transformers configuration of a local directory or hub name; ConfigError where there is none."""
     if not Path(name).is_dir():
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -48,6 +57,13 @@ def _hub_reachable() -> bool:
     except OSError:
         return False
     return True
+
+
+def check_files(path: str) -> None:
+    """Raise ConfigError where a local model directory lacks its weights or its tokenizer."""
+    folder = Path(path)
+    if folder.is_dir() and not (any(folder.glob("*.safetensors")) and (folder / "tokenizer_config.json").is_file()):
+        raise ConfigError(f"model.name ({path}) must hold *.safetensors and tokenizer_config.json, as save_pretrained does")
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -85,25 +101,31 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedModel:
     return model
 
 
+def _response_logits(model: PreTrainedModel, tokens: torch.Tensor, first: int, temperature: float) -> torch.Tensor:
+    """Float32 [B, T - first, V]: what predicts `tokens[:, first:]`. Padding is on the right, so no mask is needed."""
+    kept = tokens.shape[1] - first + 1
+    return model(input_ids=tokens, logits_to_keep=kept).logits[:, :-1].float() / temperature
+
+
+def _log_probs(logits: torch.Tensor, tokens: torch.Tensor, first: int) -> torch.Tensor:
+    chosen = tokens[:, first:]
+    negative = torch.nn.functional.cross_entropy(logits.flatten(0, 1), chosen.flatten(), reduction="none")
+    return torch.nn.functional.pad(-negative.view_as(chosen), (first, 0))
+
+
 def token_log_probs(
-    model: PreTrainedModel, tokens: torch.Tensor, first: int, temperature: float
+    model: PreTrainedModel, tokens: torch.Tensor, first: int, temperature: float, entropy_gradient: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs of `tokens` [B, T] and the entropy of their distributions, from position `first` on.
 
-    Both are float32 [B, T] in nats under softmax(logits / temperature), 0 before `first` (at least 1). Tokens are padded
-    on the right, so no attention mask is needed.
+    Both are float32 [B, T] in nats under softmax(logits / temperature), 0 before `first` (at least 1). Without
+    `entropy_gradient` the entropy is a number only, which saves several times the logits in memory.
     """
-    length = tokens.shape[1]
-    logits = model(input_ids=tokens, logits_to_keep=length - first + 1).logits[:, :-1].float() / temperature
-    chosen = tokens[:, first:]
-    log_probs = -torch.nn.functional.cross_entropy(logits.flatten(0, 1), chosen.flatten(), reduction="none")
-    all_log_probs = logits.log_softmax(-1)
-    entropy = -(all_log_probs.exp() * all_log_probs).sum(-1)
-    pad = (first, 0)
-    return (
-        torch.nn.functional.pad(log_probs.view_as(chosen), pad),
-        torch.nn.functional.pad(entropy, pad),
-    )
+    logits = _response_logits(model, tokens, first, temperature)
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
+        all_log_probs = logits.log_softmax(-1)
+        entropy = -(all_log_probs.exp() * all_log_probs).sum(-1)
+    return _log_probs(logits, tokens, first), torch.nn.functional.pad(entropy, (first, 0))
 
 
 @torch.no_grad()
@@ -113,13 +135,13 @@ def score(
     prompt_length: torch.Tensor,
     response_mask: torch.Tensor,
     temperature: float,
-    micro_batch: int,
 ) -> torch.Tensor:
-    """Log-probs [B, T] of the response tokens without gradients, `micro_batch` rows at a time; 0 elsewhere."""
-    parts = [
-        token_log_probs(model, rows, int(lengths.min()), temperature)[0]
-        for rows, lengths in zip(tokens.split(micro_batch), prompt_length.split(micro_batch), strict=True)
-    ]
+    """Log-probs [B, T] of the response tokens without gradients, so many rows at a time as LOGITS allows; 0 elsewhere."""
+    rows = max(1, LOGITS // (tokens.shape[1] * model.config.vocab_size))
+    parts = []
+    for part, lengths in zip(tokens.split(rows), prompt_length.split(rows), strict=True):
+        first = int(lengths.min())
+        parts.append(_log_probs(_response_logits(model, part, first, temperature), part, first))
     return torch.where(response_mask, torch.cat(parts), 0.0)
 
 
@@ -138,7 +160,17 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Pat
         tokenizer.save_pretrained(path)
 
 
-def num_parameters(config) -> int:
-    """Parameters of the architecture, tied ones once, without allocating any."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+def num_parameters(config: PreTrainedConfig) -> int:
+    """Parameters of the architecture, tied ones once, without allocating any; ConfigError where it is no causal LM."""
+    try:
+        with torch.device("meta"):
+            return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    except ValueError as error:
+        raise ConfigError(f"model.name: {config.model_type} is no causal language model: {one_line(error)[:80]}") from None
+
+
+def kv_cache_bytes(config: PreTrainedConfig, num_tokens: int, bytes_per_number: int) -> int:
+    """Size of the keys and values of `num_tokens` tokens."""
+    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return num_tokens * 2 * config.num_hidden_layers * heads * head_dim * bytes_per_number

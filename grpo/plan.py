@@ -13,7 +13,7 @@ import torch
 from grpo import builtin
 from grpo.config import RunConfig
 from grpo.errors import ConfigError
-from grpo.models import num_parameters, read_config
+from grpo.models import kv_cache_bytes, num_parameters, read_config
 
 FLOAT32 = 4  # bytes
 LARGE = 1e9  # parameters from which a model needs a GPU to be of any use
@@ -25,6 +25,7 @@ class Plan:
 
     device: str
     roles: dict[str, int]  # processes a role
+    gpus_per_process: float  # below 1 where several share one
     threads: int  # a process
     parameters: int
     memory_bytes: dict[str, int]  # estimate a role, weights, optimiser and key-value cache; activations come on top
@@ -33,7 +34,7 @@ class Plan:
         """What dry_run=true prints."""
         gib = 2**30
         lines = [
-            f"device            {self.device}",
+            f"device            {self.device}" + f", {self.gpus_per_process:.2g} GPU a process" * (self.device == "cuda"),
             *(
                 f"process           {count} x {role}, about {self.memory_bytes[role] / gib:.2f} GiB each"
                 for role, count in self.roles.items()
@@ -59,13 +60,6 @@ def resolve_device(device: str) -> str:
     if not available[device]:
         raise ConfigError(f"device ({device}) is not on this machine; use device=auto")
     return device
-
-
-def _kv_cache_bytes(model, config: RunConfig) -> int:
-    heads = getattr(model, "num_key_value_heads", model.num_attention_heads)
-    head_dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
-    tokens = config.env.num_envs * config.env.repeats * (config.env.max_prompt_length + config.inference_model.max_tokens)
-    return tokens * 2 * model.num_hidden_layers * heads * head_dim * FLOAT32
 
 
 def make_plan(config: RunConfig) -> Plan:
@@ -95,18 +89,15 @@ def make_plan(config: RunConfig) -> Plan:
     parameters = num_parameters(model)
     weights = parameters * FLOAT32
     states = {"adamw": 2, "adam": 2, "sgd": 0}[config.optimizer.name]
+    in_flight = config.env.num_envs * config.env.repeats
     memory = {
         "trainer": weights * (3 + states),  # weights, gradients, the pushed copy, optimiser states
-        "inference": weights + _kv_cache_bytes(model, config),
+        "inference": weights + kv_cache_bytes(model, in_flight * length, FLOAT32),
         "reference": weights,
     }
     memory = {role: memory[role] for role in roles}
     gpus = torch.cuda.device_count() if device == "cuda" else 0
-    if device == "cuda" and gpus < len(roles):
-        raise ConfigError(
-            f"the {len(roles)} models ({', '.join(roles)}) need a GPU each and this machine has {gpus}: "
-            "train.use_kl_to_ref=false does without the reference"
-        )
+    sharing = -(-len(roles) // gpus) if gpus else 0  # processes on the fullest GPU
     needed, there = sum(memory.values()), psutil.virtual_memory().available
     if device == "cpu" and needed > there:
         raise ConfigError(
@@ -115,4 +106,4 @@ def make_plan(config: RunConfig) -> Plan:
         )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     at_once = 1 if config.train.sync_iter else 2  # the engine samples while the trainer optimises
-    return Plan(device, roles, max(1, cores // at_once), parameters, memory)
+    return Plan(device, roles, 1 / sharing if sharing else 0.0, max(1, cores // at_once), parameters, memory)

@@ -38,7 +38,7 @@ def plot_run(run_dir: Path) -> list[Path]:
         label = f"test accuracy before and after (n={after['n']}): {before['accuracy']:.1%} to {after['accuracy']:.1%}"
         values = [before["accuracy"], after["accuracy"]]
         axes.scatter(ends, values, color="black", marker="*", s=90, zorder=3, label=label)
-    axes.set(xlabel="optimiser step", ylabel="share, or reward", ylim=(None, 1.02), title="Reward and accuracy")
+    axes.set(xlabel="optimiser step", ylabel="share, or reward", title="Reward and accuracy")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", fontsize="small")
     paths.append(folder / "reward_accuracy.png")

@@ -9,11 +9,11 @@ from grpo.models import load_model, score
 
 
 class ReferenceActor:
-    """A Ray actor. `micro_batch` rollouts are scored at a time."""
+    """A Ray actor."""
 
-    def __init__(self, model: str, attn_implementation: str, device: str, temperature: float, micro_batch: int) -> None:
+    def __init__(self, model: str, attn_implementation: str, device: str, temperature: float) -> None:
         self.name, self.attn_implementation, self.device = model, attn_implementation, torch.device(device)
-        self.temperature, self.micro_batch = temperature, micro_batch
+        self.temperature = temperature
 
     def start(self) -> int:
         """Load the model; returns the process id."""
@@ -29,5 +29,4 @@ class ReferenceActor:
             batch["prompt_length"],
             batch["response_mask"],
             self.temperature,
-            self.micro_batch,
         ).cpu()

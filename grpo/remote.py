@@ -4,9 +4,11 @@ Every wait of the driver goes through `get`. An error that a user can read (User
 itself; a death or a missed deadline comes out as one line.
 """
 
+import time
 from typing import Any
 
 import ray
+from ray import ObjectRef
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayTaskError
 
 from grpo.errors import ActorError, UserError, one_line
@@ -30,3 +32,13 @@ def get(call: Any, timeout_s: float, actor: str, doing: str, key: str = "ray.tim
     except RayActorError as error:
         reason = one_line(error) if isinstance(error, ActorDiedError) else type(error).__name__
         raise ActorError(f"{actor} died while {doing}: {reason[:400]}") from None
+
+
+def get_all(calls: dict[str, ObjectRef], timeout_s: float, doing: str, key: str = "ray.timeout_s") -> None:
+    """Wait for the calls of several actors (by their names) under one deadline; the first to fail is raised at once."""
+    waiting = {call: actor for actor, call in calls.items()}
+    deadline = time.monotonic() + timeout_s
+    while waiting:
+        done, _ = ray.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        for call in done or list(waiting)[:1]:
+            get(call, 0 if not done else timeout_s, waiting.pop(call), doing, key)

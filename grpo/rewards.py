@@ -6,6 +6,7 @@ would poison a whole group.
 
 import importlib.util
 import math
+import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ def load_reward_function(spec: str) -> RewardFunction:
         raise ConfigError(f"env.reward_fn ({spec}): there is no file {path}")
     module_spec = importlib.util.spec_from_file_location(f"reward_fn_{Path(path).stem}", path)
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # dataclasses look their module up there
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:  # the user's code may raise anything

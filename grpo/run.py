@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo.collect import EnginePool, GroupCollector
 from grpo.config import RunConfig
+from grpo.errors import ActorError
 from grpo.evaluate import accuracy
 from grpo.metrics import Clock, RunLog, rollout_metrics
 from grpo.plot import plot_run
@@ -68,7 +69,13 @@ class Run:
 
     def _wait_for_collection(self) -> TensorDict | None:
         with self.clock.phase("wait"):
-            return self.ahead.result()
+            try:
+                return self.ahead.result(self.config.ray.timeout_s)
+            except TimeoutError:
+                raise ActorError(
+                    f"the collection behind step {self.num_steps} did not end within {self.config.ray.timeout_s:g} s: "
+                    "if neither engine nor reward function hangs, raise ray.timeout_s"
+                ) from None
 
     def step(self, batch: TensorDict) -> None:
         """One optimiser step on `batch` [B], logged."""

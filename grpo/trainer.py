@@ -3,6 +3,7 @@
 It loads, moves, calls the objective, and steps; the mathematics is in grpo/objectives.
 """
 
+import math
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from grpo.config import ObjectiveConfig, OptimizerConfig, TrainConfig
+from grpo.errors import TrainingError
 from grpo.models import export, full_parameters, load_model, load_tokenizer, shard, token_log_probs
 from grpo.objectives.grpo import count, grpo_loss, summarise
 from grpo.rollout import trim
@@ -122,7 +124,11 @@ class TrainerActor:
 
     def _loss(self, batch: TensorDict) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         log_probs, entropy = token_log_probs(
-            self.model, batch["tokens"], int(batch["prompt_length"].min()), self.spec.temperature
+            self.model,
+            batch["tokens"],
+            int(batch["prompt_length"].min()),
+            self.spec.temperature,
+            entropy_gradient=self.spec.train.entropy_coeff > 0,
         )
         loss, totals = self.loss(
             log_probs,
@@ -136,10 +142,13 @@ class TrainerActor:
 
     def _optimise(self) -> float:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.optimizer.clip_grad_norm)
+        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        if not math.isfinite(norm):
+            raise TrainingError(f"the gradient norm is {norm}; the weights were left as they were: try a lower optimizer.lr")
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
-        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        return norm
 
     def publish(self) -> None:
         """Write the current weights where the engines read them."""

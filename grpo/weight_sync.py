@@ -4,7 +4,7 @@ Transport here is shared memory on one host. The trainer owns a segment laid out
 model into it; an engine maps the same segment and loads from it. The segment's name lives only until every engine has
 mapped it, so that a run that is killed later leaves nothing behind.
 
-    trainer: write(version) ──> segment ──> engine: load, answer with the version it now has
+    trainer: write ──> segment ──> engine: load, take the new version
              the driver orders the two calls, so nobody writes while an engine reads
 """
 
@@ -65,6 +65,8 @@ class SharedMemorySender:
             )
         descriptor, self.path = tempfile.mkstemp(prefix="grpo-weights-", dir=SHARED_MEMORY)
         os.truncate(descriptor, num_bytes)
+        if hasattr(os, "posix_fallocate"):  # not on macOS
+            os.posix_fallocate(descriptor, 0, num_bytes)
         os.close(descriptor)
         self.segment = torch.from_file(self.path, shared=True, size=num_bytes, dtype=torch.uint8)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from transformers import Qwen2Config, T5Config
 
 from .conftest import SMALL
 
@@ -27,6 +28,9 @@ def nan(prompts, responses, answers):
 
 def short(prompts, responses, answers):
     return [1.0]
+
+def nan_later(prompts, responses, answers):
+    return [float("nan") if response != answer else 1.0 for response, answer in zip(responses, answers)]
 """
 
 BAD_INPUT = {
@@ -43,8 +47,11 @@ BAD_INPUT = {
     "empty data": (["env.dataset=gsm8k", "env.data={tmp}/empty.jsonl"], "empty.jsonl) has 0 problems"),
     "async mode": (["mode=async"], "grpo_async.py"),
     "buffer of another size": (["train.buffer_size=32"], "train.buffer_size (32) must equal"),
-    "reward that returns NaN": (["env.reward_fn={tmp}/rewards.py:nan", TRANSFORMERS], "returned nan"),
-    "reward of the wrong length": (["env.reward_fn={tmp}/rewards.py:short", TRANSFORMERS], "1 rewards for 64 responses"),
+    "reward that returns NaN": (["env.reward_fn={tmp}/rewards.py:nan"], "returned nan"),
+    "reward of the wrong length": (["env.reward_fn={tmp}/rewards.py:short"], "1 rewards for 8 responses"),
+    "reward that returns NaN later": (["env.reward_fn={tmp}/rewards.py:nan_later", TRANSFORMERS], "returned nan"),
+    "model that is no language model": (["model.name={tmp}/t5"], "t5 is no causal language model"),
+    "model without weights": (["model.name={tmp}/empty"], "must hold *.safetensors and tokenizer_config.json"),
 }
 
 
@@ -53,6 +60,8 @@ def test_bad_input_ends_in_one_clear_line(case, tmp_path, model_path):
     overrides, expected = BAD_INPUT[case]
     (tmp_path / "rewards.py").write_text(REWARDS)
     (tmp_path / "empty.jsonl").touch()
+    T5Config().save_pretrained(tmp_path / "t5")
+    Qwen2Config(num_hidden_layers=1, hidden_size=64, vocab_size=64).save_pretrained(tmp_path / "empty")
     overrides = [override.format(tmp=tmp_path) for override in overrides]
     start = time.monotonic()
     run = subprocess.run(
@@ -83,6 +92,22 @@ def test_dry_run_tells_the_plan_and_starts_nothing(tmp_path):
     for fact in ("3 of 64 responses", "192 responses", "at most 1 policy versions", "1 x inference", "1 x reference"):
         assert fact in run.stdout
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("after_s", [1.5, 9.0])
+def test_ctrl_c_before_the_first_step_ends_without_a_traceback(tmp_path, model_path, after_s):
+    """While libraries are imported, and while the actors start."""
+    process = subprocess.Popen(
+        command(f"hydra.run.dir={tmp_path}/run"), cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    time.sleep(after_s)
+    started = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    _, alive = psutil.wait_procs(started, timeout=5)
+    assert not alive
 
 
 @pytest.mark.parametrize("setting", ["inference_model.backend=vllm", "train.sync_iter=false"])

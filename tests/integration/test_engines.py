@@ -1,5 +1,7 @@
 """Engines in their actors: weight pushes, the tied output layer, pushes in flight, errors."""
 
+import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -61,6 +63,7 @@ def start(model_path: str, backend: str, cls=InferenceActor, **changes):
         backend=backend,
         model=model_path,
         device="cpu",
+        dtype="float32",
         seed=0,
         max_concurrent=64,
         max_length=128,
@@ -110,7 +113,7 @@ def sample(actor, prompts: list[list[int]], num_responses: int = 4, seed: int = 
 def worst_difference(model: torch.nn.Module, prompts: list[list[int]], completions: Completions) -> float:
     rollouts = pack([prompts[i] for i in completions.request_id], completions)
     keys = ("tokens", "prompt_length", "response_mask")
-    scored = score(model, *(rollouts[key] for key in keys), temperature=1.0, micro_batch=64)
+    scored = score(model, *(rollouts[key] for key in keys), temperature=1.0)
     return (scored - rollouts["inference_log_probs"]).abs().max().item()
 
 
@@ -155,6 +158,20 @@ def test_responses_end_at_their_token_budget_or_by_themselves(engine, prompts, m
         assert eos not in tokens[:-1]
 
 
+def test_the_transformers_engine_samples_the_policy_itself_whatever_settings_the_model_ships(
+    cluster, model_path, prompts, tmp_path
+):
+    """Instruct models ship a generation_config; a penalty in it would make what is sampled another distribution."""
+    shutil.copytree(model_path, tmp_path / "model")
+    settings = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    settings |= {"repetition_penalty": 3.0, "top_k": 2, "temperature": 0.3, "do_sample": True}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(settings))
+    plain, penalised = start(model_path, "transformers"), start(str(tmp_path / "model"), "transformers")
+    assert sample(plain, prompts).tokens.tolist() == sample(penalised, prompts).tokens.tolist()
+    ray.kill(plain)
+    ray.kill(penalised)
+
+
 def test_weights_change_between_two_steps_and_each_token_knows_its_version(cluster, model_path, prompts):
     """A push while requests run: all go on to their end, and tokens after it are the new weights'."""
     actor = start(model_path, "vllm", PushingActor, max_concurrent=16)  # a quarter at a time: some start after the push
@@ -176,7 +193,7 @@ def test_weights_change_between_two_steps_and_each_token_knows_its_version(clust
     assert (versions[:, 1:] >= versions[:, :-1])[mask[:, 1:] & mask[:, :-1]].all()
     keys = ("tokens", "prompt_length", "response_mask")
     for version, of_version in ((0, start_model), (1, model)):
-        scored = score(of_version, *(rollouts[key] for key in keys), temperature=1.0, micro_batch=64)
+        scored = score(of_version, *(rollouts[key] for key in keys), temperature=1.0)
         chosen = mask & (versions == version)
         assert (scored - rollouts["inference_log_probs"])[chosen].abs().max() < 1e-4
         assert (scored - rollouts["inference_log_probs"])[mask & ~chosen].abs().max() > 0.01

@@ -7,6 +7,11 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from grpo.builtin import make_tokenizer
 
+from .conftest import same_weights
+
+# Longer than a block of vLLM's cache, so that prompts share cached keys and values.
+SHARED = "once upon a time in a very small town by the sea"
+
 
 def test_a_local_model_trains_on_local_gsm8k_data(run_sync, tmp_path):
     """The model is random, so nothing is learned; every part of the way has to work with a model that is not built in."""
@@ -26,22 +31,24 @@ def test_a_local_model_trains_on_local_gsm8k_data(run_sync, tmp_path):
     Qwen2ForCausalLM(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     lines = [
-        {"question": f"tom has {n} plums and eats one. how many are left?", "answer": f"#### {n - 1}"} for n in range(2, 42)
+        {"question": f"{SHARED} tom has {n} plums and eats one. how many are left?", "answer": f"#### {n - 1}"}
+        for n in range(2, 42)
     ]
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
     (tmp_path / "rewards.py").write_text(
         "def length(prompts, responses, answers):\n    return [len(r) / 16 for r in responses]\n"
     )
-    run = run_sync(
+    overrides = (
         "env.dataset=gsm8k",
         f"env.data={tmp_path}/data.jsonl",
         f"env.reward_fn={tmp_path}/rewards.py:length",
         "env.validation_size=8",
         "env.test_size=8",
-        "env.max_prompt_length=80",
+        "env.max_prompt_length=120",
         f"model.name={tmp_path}/model",
         "inference_model.max_tokens=16",
     )
+    run = run_sync(*overrides)
     assert run.summary["eval"]["after"]["n"] == 8
     held_out = {line["question"] for line in lines[-16:]}
     assert not held_out & {line["prompt"] for line in run.rollouts}
@@ -49,3 +56,5 @@ def test_a_local_model_trains_on_local_gsm8k_data(run_sync, tmp_path):
     largest = max(abs(a - b) for r in run.rollouts for a, b in zip(r["inference_log_probs"], r["log_probs"], strict=True))
     assert largest < 1e-5
     assert run.metrics[2]["train/kl_to_reference"] > 0
+    # An evaluation between collections leaves other prompts in the engine's cache; training must not notice.
+    assert same_weights(run, run_sync(*overrides, "train.eval_frequency=1"))

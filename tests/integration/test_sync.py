@@ -8,10 +8,17 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
+import grpo_sync
 from grpo.advantages import group_advantages
+from grpo.config import EnvConfig
+from grpo.engine_transformers import TransformersEngine
+from grpo.inference import EngineSpec, Request, Sampling
+from grpo.launch import compose
 from grpo.metrics import METRICS
+from grpo.models import load_tokenizer
+from grpo.tasks import encode_split, load
 
-from .conftest import same_weights
+from .conftest import Finished, same_weights
 
 TRANSFORMERS = "inference_model.backend=transformers"
 
@@ -67,6 +74,19 @@ def test_a_run_leaves_behind_what_the_documents_promise(run_sync):
         assert (run.run_dir / "plots" / picture).read_bytes().startswith(b"\x89PNG")
     model = AutoModelForCausalLM.from_pretrained(run.run_dir / "model")
     assert torch.equal(model.get_input_embeddings().weight, run.weights["model.embed_tokens.weight"])
+
+
+def test_the_exported_model_is_what_the_engine_was_last_given(run_sync):
+    """Accuracy after, measured by vLLM after the last push, is that of model/ under transformers."""
+    run = run_sync("inference_model.backend=vllm")
+    path, task = str(run.run_dir / "model"), load(EnvConfig(dataset="arithmetic"))
+    data = encode_split(task, "test", load_tokenizer(path), 64, limit=20)
+    engine = TransformersEngine(EngineSpec("transformers", path, "cpu", "float32", 0, 20, 128, 1.0, 1.0, 0.9, True))
+    for i, prompt in enumerate(data.prompts):
+        engine.add(Request(i, prompt, Sampling(1, 24, temperature=0.0)))
+    texts = load_tokenizer(path).batch_decode(engine.step().responses(), skip_special_tokens=True)
+    right = [task.grade(problem, text).correct for problem, text in zip(data.problems, texts, strict=True)]
+    assert sum(right) / 20 == run.summary["eval"]["after"]["accuracy"]
 
 
 def test_advantages_are_the_groups_normalised_rewards(run_sync):
@@ -140,7 +160,7 @@ def test_without_a_kl_coefficient_there_is_no_reference(run_sync):
 
 def test_weights_and_biases_and_tensorboard_get_the_same_numbers(run_sync, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    run = run_sync(TRANSFORMERS, "logging.wandb=true", "logging.tensorboard=true", "logging.logging_frequency=2")
+    run = run_sync(TRANSFORMERS, "logging.wandb=true", "logging.tensorboard=true", "train.logging_frequency=2")
     events = EventAccumulator(str(run.run_dir / "tensorboard"))
     events.Reload()
     points = events.Scalars("rollout/reward_mean")
@@ -165,3 +185,29 @@ def test_grpo_learns_the_right_order_of_operations(run_sync):
     before, after = run.summary["eval"]["before"]["accuracy"], run.summary["eval"]["after"]["accuracy"]
     assert before <= 0.4
     assert after >= before + 0.25
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_shipped_recipe_reaches_95_percent_in_four_minutes(tmp_path, model_path, seed):
+    grpo_sync.main(compose("grpo_arithmetic", [f"seed={seed}", "logging.progress=false"]), tmp_path)
+    summary = Finished(tmp_path).summary
+    assert summary["eval"]["before"]["n"] == summary["eval"]["after"]["n"] == 1000
+    assert summary["eval"]["before"]["accuracy"] <= 0.4
+    assert summary["eval"]["after"]["accuracy"] >= 0.95
+    assert summary["wall_s"] <= 240
+
+
+@pytest.mark.slow
+def test_the_shipped_recipe_does_not_gain_from_shuffled_rewards(tmp_path, model_path):
+    reward = "env.reward_fn=benchmarks/shuffled_rewards.py:shuffled"
+    grpo_sync.main(compose("grpo_arithmetic", [reward, "logging.progress=false"]), tmp_path)
+    accuracy = Finished(tmp_path).summary["eval"]
+    assert accuracy["after"]["accuracy"] <= accuracy["before"]["accuracy"] + 0.03
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_agrees_with_its_engine(run_sync):
+    run = run_sync("device=cuda", "inference_model.dtype=float32")
+    assert max(largest_difference(run.rollouts).values()) < 1e-3
+    assert run.metrics[2]["train/kl_to_reference"] > 1e-4

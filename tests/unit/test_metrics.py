@@ -9,12 +9,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensordict import TensorDict
 
 import grpo
-from grpo.config import LoggingConfig
+from grpo.config import LoggingConfig, RunConfig, TrainConfig
 from grpo.metrics import METRICS, PHASES, Clock, RunLog, rollout_lines, rollout_metrics
 from grpo.rewards import Grade
 from grpo.rollout import GroupRecord
 
-QUIET = LoggingConfig(progress=False)
+QUIET = RunConfig(logging=LoggingConfig(progress=False), train=TrainConfig(total_dialog_turns=512, optim_batch_size=512))
 
 
 def grade(exact: float, outcome: str, parsed: str | None) -> Grade:
@@ -129,7 +129,7 @@ def read(run_dir) -> list[dict]:
 
 
 def test_a_step_is_held_until_the_next_and_written_with_what_was_added_meanwhile(tmp_path):
-    log = RunLog(tmp_path, QUIET, 3, {})
+    log = RunLog(tmp_path, QUIET)
     log.step(1, 0, metrics_of(1))
     assert read(tmp_path) == []
     log.add({"time/push_s": 0.5, "eval/accuracy": 0.25})
@@ -152,7 +152,7 @@ def test_a_step_is_held_until_the_next_and_written_with_what_was_added_meanwhile
 
 
 def test_closing_writes_what_is_held_and_closing_again_is_fine(tmp_path):
-    log = RunLog(tmp_path, QUIET, 3, {})
+    log = RunLog(tmp_path, QUIET)
     log.step(1, 0, metrics_of(1))
     log.rollouts(1, batch(), None)
     log.close()
@@ -162,12 +162,12 @@ def test_closing_writes_what_is_held_and_closing_again_is_fine(tmp_path):
 
 
 def test_a_log_closed_before_its_first_step_is_empty(tmp_path):
-    RunLog(tmp_path, QUIET, 3, {}).close()
+    RunLog(tmp_path, QUIET).close()
     assert read(tmp_path) == []
 
 
 def test_lines_are_json_in_the_order_of_the_steps(tmp_path):
-    log = RunLog(tmp_path, QUIET, 5, {})
+    log = RunLog(tmp_path, QUIET)
     for step in range(1, 6):
         log.rollouts(step, batch(), batch()["inference_log_probs"])
         log.step(step, step - 1, metrics_of(step))
@@ -181,7 +181,7 @@ def test_lines_are_json_in_the_order_of_the_steps(tmp_path):
 def test_a_response_with_line_breaks_and_other_scripts_is_one_line(tmp_path):
     rollouts = batch()
     rollouts["records"][0].responses[0] = 'first\nsecond\u2028third "quoted" 你好 😀 \ufffd'
-    log = RunLog(tmp_path, QUIET, 1, {})
+    log = RunLog(tmp_path, QUIET)
     log.rollouts(1, rollouts, None)
     log.close()
     lines = (tmp_path / "rollouts.jsonl").read_text().splitlines()
@@ -190,26 +190,29 @@ def test_a_response_with_line_breaks_and_other_scripts_is_one_line(tmp_path):
 
 
 def test_a_metric_without_a_line_in_the_table_is_refused(tmp_path):
-    log = RunLog(tmp_path, QUIET, 1, {})
+    log = RunLog(tmp_path, QUIET)
     log.step(1, 0, metrics_of(1) | {"train/mystery": 1.0})
     with pytest.raises(AssertionError, match="train/mystery"):
         log.close()
 
 
-def test_tensorboard_gets_the_values_of_every_logging_frequency_th_step(tmp_path):
-    log = RunLog(tmp_path, LoggingConfig(progress=False, tensorboard=True, logging_frequency=2), 5, {})
+def test_tensorboard_gets_every_logging_frequency_th_step_and_every_evaluation(tmp_path):
+    run_config = RunConfig(
+        logging=LoggingConfig(progress=False, tensorboard=True),
+        train=TrainConfig(total_dialog_turns=512, logging_frequency=2),
+    )
+    log = RunLog(tmp_path, run_config)
     for step in range(1, 6):
         log.step(step, step, metrics_of(step))
-        log.add({"eval/accuracy": step / 5})
+        if step == 3:
+            log.add({"eval/accuracy": 0.75})
     log.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert set(events.Tags()["scalars"]) == {*metrics_of(1), "eval/accuracy"}
-    for name, values in (("rollout/reward_mean", [0.2, 0.4]), ("eval/accuracy", [0.4, 0.8])):
-        points = events.Scalars(name)
-        assert [point.step for point in points] == [2, 4]
-        assert [point.value for point in points] == pytest.approx(values)
-    assert len(read(tmp_path)) == 5
+    assert [(p.step, pytest.approx(p.value)) for p in events.Scalars("eval/accuracy")] == [(3, 0.75)]
+    rewards = [(point.step, point.value) for point in events.Scalars("rollout/reward_mean")]
+    assert rewards == [(step, pytest.approx(metrics_of(step)["rollout/reward_mean"])) for step in (2, 3, 4)]
 
 
 def test_the_clock_adds_up_a_phase_and_keeps_totals(monkeypatch):

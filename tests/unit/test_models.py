@@ -2,9 +2,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+import grpo.models
 from grpo.builtin import make_config, make_tokenizer
 from grpo.errors import ConfigError
-from grpo.models import full_parameters, load_model, load_tokenizer, num_parameters, read_config, score, token_log_probs
+from grpo.models import (
+    check_files,
+    full_parameters,
+    load_model,
+    load_tokenizer,
+    num_parameters,
+    read_config,
+    score,
+    token_log_probs,
+)
 
 from .conftest import CPU, TINY, ragged_rollouts
 
@@ -69,11 +79,12 @@ def test_the_gradient_of_log_probs_reaches_the_weights(model):
     assert float(gradient[17, 3]) == pytest.approx(float(up - down) / 2e-2, rel=1e-2)
 
 
-@pytest.mark.parametrize("micro_batch", [1, 3, 8, 100])
-def test_scoring_does_not_depend_on_the_micro_batch(model, micro_batch):
+@pytest.mark.parametrize("rows", [1, 3, 8, 100])
+def test_scoring_does_not_depend_on_how_many_rows_are_scored_at_a_time(model, rows, monkeypatch):
     batch = ragged_rollouts()
+    monkeypatch.setattr(grpo.models, "LOGITS", rows * batch["tokens"].shape[1] * model.config.vocab_size)
     inputs = (batch["tokens"], batch["prompt_length"], batch["response_mask"])
-    scored = score(model, *inputs, temperature=0.8, micro_batch=micro_batch)
+    scored = score(model, *inputs, temperature=0.8)
     log_probs = token_log_probs(model, batch["tokens"], 1, 0.8)[0]
     assert torch.allclose(scored, torch.where(batch["response_mask"], log_probs, 0.0), atol=1e-5)
     assert not scored[~batch["response_mask"]].any()
@@ -91,6 +102,22 @@ def test_a_directory_without_a_model_is_a_config_error_in_one_line(tmp_path):
         read_config(str(tmp_path))
     assert "\n" not in str(raised.value)
     assert str(tmp_path) in str(raised.value)
+
+
+def test_a_directory_without_weights_or_tokenizer_is_refused(tmp_path, model_path):
+    check_files(model_path)
+    read_config(model_path).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"must hold \*.safetensors and tokenizer_config.json"):
+        check_files(str(tmp_path))
+
+
+def test_the_entropy_is_the_same_number_with_and_without_its_gradient(model):
+    batch = ragged_rollouts()
+    with_gradient = token_log_probs(model, batch["tokens"], 1, 0.8)
+    without = token_log_probs(model, batch["tokens"], 1, 0.8, entropy_gradient=False)
+    assert torch.equal(with_gradient[1], without[1])
+    assert with_gradient[1].requires_grad and not without[1].requires_grad
+    assert without[0].requires_grad
 
 
 def test_read_config_gives_the_architecture(model_path):

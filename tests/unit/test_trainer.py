@@ -12,6 +12,7 @@ from tensordict import TensorDict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo.config import ObjectiveConfig, OptimizerConfig, TrainConfig
+from grpo.errors import TrainingError
 from grpo.models import full_parameters, load_model, token_log_probs
 from grpo.trainer import TrainerActor, TrainerSpec
 from grpo.weight_sync import SharedMemoryReceiver
@@ -172,7 +173,8 @@ def test_a_batch_without_advantages_leaves_the_weights_bit_equal_and_is_counted(
 
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_returned_log_probs_are_those_of_the_model_before_the_step(make_trainer, model_path, batch, accumulation):
-    trainer = make_trainer(gradient_accumulation_steps=accumulation)
+    optimizer = OptimizerConfig(name="sgd", lr=0.05, warmup_steps=0, clip_grad_norm=1e9)
+    trainer = make_trainer(optimizer, gradient_accumulation_steps=accumulation)
     before = load_model(model_path, CPU)
     trainer.step(batch)
     middle = {name: tensor.clone() for name, tensor in full_parameters(trainer.model)}
@@ -182,7 +184,15 @@ def test_returned_log_probs_are_those_of_the_model_before_the_step(make_trainer,
         expected, _ = token_log_probs(before, batch["tokens"], 1, 0.9)
     assert torch.allclose(log_probs, torch.where(batch["response_mask"], expected, 0.0), atol=1e-5)
     _, later = trainer.step(batch, with_log_probs=True)
-    assert (later - log_probs).abs().max() > 1e-2
+    assert (later - log_probs).abs().max() > 1e-3
+
+
+def test_a_gradient_that_is_not_finite_ends_in_an_error_and_leaves_the_weights(make_trainer, batch):
+    trainer = make_trainer()
+    start = weights(trainer)
+    with pytest.raises(TrainingError, match="the gradient norm is"):
+        trainer.step(batch.clone().update({"inference_log_probs": batch["inference_log_probs"] - 1e4}))
+    assert all(torch.equal(tensor, start[name]) for name, tensor in weights(trainer).items())
 
 
 def test_the_learning_rate_ramps_up_linearly_and_then_stays(make_trainer, batch):
