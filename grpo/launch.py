@@ -5,8 +5,10 @@ ends in one line, in a second or two, with nothing started and nothing written.
 """
 
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import hydra
@@ -49,6 +51,19 @@ def _first_of_sweep(override: str) -> str:
     return f"{parsed.key_or_group}={next(parsed.sweep_string_iterator())}" if parsed.is_sweep_override() else override
 
 
+@contextmanager
+def deferred_interrupt() -> Iterator[None]:
+    """Hold Ctrl-C back while large extension modules are imported: in the midst of that it is lost, or crashes them."""
+    pending: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: pending.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pending:
+        raise KeyboardInterrupt
+
+
 def launch(mode: str, default_config: str, main: Callable[[RunConfig, Path], None]) -> None:
     """Run `main(config, run_dir)` under Hydra; user errors end in one line on stderr and exit code 1."""
     arguments = get_args_parser().parse_args()
@@ -66,6 +81,8 @@ def launch(mode: str, default_config: str, main: Callable[[RunConfig, Path], Non
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # TorchRL imports vLLM here too
         run_dir = Path(HydraConfig.get().runtime.output_dir)
         try:
+            with deferred_interrupt():
+                import grpo_utils  # noqa: F401  main needs it; importing it takes seconds
             main(from_dictconfig(config), run_dir)
         except UserError as error:
             sys.exit(_report(error))
@@ -73,7 +90,10 @@ def launch(mode: str, default_config: str, main: Callable[[RunConfig, Path], Non
             print(f"Interrupted; what was logged is in {run_dir}", file=sys.stderr)
             sys.exit(EXIT_INTERRUPTED)
 
-    run()
+    try:
+        run()
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
 
 
 def _check_overrides(arguments, mode: str, default_config: str) -> None:
@@ -87,7 +107,8 @@ def _check_overrides(arguments, mode: str, default_config: str) -> None:
     config = compose(name, overrides)
     if config.mode != mode:
         raise ConfigError(f"mode ({config.mode}) must be {mode} for {SCRIPTS[mode]}: use {SCRIPTS[config.mode]}")
-    from grpo.plan import make_plan  # here: torch is imported only once the keys are right
+    with deferred_interrupt():
+        from grpo.plan import make_plan  # here: torch is imported only once the keys are right
 
     plan = make_plan(config)
     if config.dry_run:

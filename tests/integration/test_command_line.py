@@ -39,7 +39,7 @@ BAD_INPUT = {
     "wrong type": (["train.epochs=many"], "train.epochs"),
     "negative learning rate": (["optimizer.lr=-1"], "optimizer.lr (-1.0) must be above 0"),
     "model path that does not exist": (["model.name=./no-such-model"], "./no-such-model"),
-    "batch that does not divide": (["train.optim_batch_size=20"], "must be a multiple of train.optim_batch_size (20)"),
+    "batch that does not divide": (["train.optim_batch_size=40"], "must be a multiple of train.optim_batch_size (40)"),
     "group of one": (["env.repeats=1"], "env.repeats (1) must be at least 2"),
     "no responses": (["train.total_dialog_turns=0"], "train.total_dialog_turns (0) must be at least 1"),
     "response budget of zero": (["inference_model.max_tokens=0"], "inference_model.max_tokens (0) must be at least 1"),
@@ -94,7 +94,7 @@ def test_dry_run_tells_the_plan_and_starts_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("after_s", [1.5, 9.0])
+@pytest.mark.parametrize("after_s", [1.5, 3.0, 6.0, 12.0])
 def test_ctrl_c_before_the_first_step_ends_without_a_traceback(tmp_path, model_path, after_s):
     """While libraries are imported, and while the actors start."""
     process = subprocess.Popen(
