@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import hydra
@@ -53,7 +53,10 @@ def _first_of_sweep(override: str) -> str:
 
 @contextmanager
 def deferred_interrupt() -> Iterator[None]:
-    """Hold Ctrl-C back while large extension modules are imported: in the midst of that it is lost, or crashes them."""
+    """Hold Ctrl-C back for the seconds in which libraries are imported and Hydra composes.
+
+    There it would be lost in somebody's bare except, or crash an extension module.
+    """
     pending: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, frame: pending.append(number))
     try:
@@ -66,6 +69,8 @@ def deferred_interrupt() -> Iterator[None]:
 
 def launch(mode: str, default_config: str, main: Callable[[RunConfig, Path], None]) -> None:
     """Run `main(config, run_dir)` under Hydra; user errors end in one line on stderr and exit code 1."""
+    starting = ExitStack()
+    starting.enter_context(deferred_interrupt())
     arguments = get_args_parser().parse_args()
     information = arguments.help or arguments.hydra_help or arguments.info or arguments.cfg
     try:
@@ -73,16 +78,15 @@ def launch(mode: str, default_config: str, main: Callable[[RunConfig, Path], Non
             _check_overrides(arguments, mode, default_config)
     except UserError as error:
         sys.exit(_report(error))
-    except KeyboardInterrupt:
-        sys.exit(EXIT_INTERRUPTED)
 
     @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=default_config)
     def run(config: DictConfig) -> None:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # TorchRL imports vLLM here too
         run_dir = Path(HydraConfig.get().runtime.output_dir)
         try:
-            with deferred_interrupt():
-                import grpo_utils  # noqa: F401  main needs it; importing it takes seconds
+            import grpo_utils  # noqa: F401  main needs it; importing it takes seconds
+
+            starting.close()
             main(from_dictconfig(config), run_dir)
         except UserError as error:
             sys.exit(_report(error))
@@ -90,10 +94,7 @@ def launch(mode: str, default_config: str, main: Callable[[RunConfig, Path], Non
             print(f"Interrupted; what was logged is in {run_dir}", file=sys.stderr)
             sys.exit(EXIT_INTERRUPTED)
 
-    try:
-        run()
-    except KeyboardInterrupt:
-        sys.exit(EXIT_INTERRUPTED)
+    run()
 
 
 def _check_overrides(arguments, mode: str, default_config: str) -> None:
@@ -107,8 +108,7 @@ def _check_overrides(arguments, mode: str, default_config: str) -> None:
     config = compose(name, overrides)
     if config.mode != mode:
         raise ConfigError(f"mode ({config.mode}) must be {mode} for {SCRIPTS[mode]}: use {SCRIPTS[config.mode]}")
-    with deferred_interrupt():
-        from grpo.plan import make_plan  # here: torch is imported only once the keys are right
+    from grpo.plan import make_plan  # here: torch is imported only once the keys are right
 
     plan = make_plan(config)
     if config.dry_run:
