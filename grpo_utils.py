@@ -16,12 +16,13 @@ from ray.actor import ActorHandle
 from transformers import PreTrainedTokenizerBase
 
 from grpo import builtin, tasks
-from grpo.collect import EnginePool, Finish, GroupCollector, InferencePolicy, PromptEnv, PromptStream
+from grpo.collect import Finish, GroupCollector, InferencePolicy, PromptEnv, PromptStream
 from grpo.config import RunConfig
 from grpo.inference import EngineSpec, InferenceActor, Sampling
 from grpo.metrics import Clock, RunLog
 from grpo.models import check_files, load_tokenizer
 from grpo.plan import Plan, make_plan
+from grpo.pools import EnginePool, ReferencePool, TrainerPool, named
 from grpo.reference import ReferenceActor
 from grpo.remote import get, get_all
 from grpo.replay import make_replay_buffer
@@ -51,9 +52,11 @@ def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
     env = PromptEnv(num_groups, group_size, task, data["train"], stream, tokenizer, reward_function, clock)
     with ExitStack() as closing:
         _start_ray(config, plan, closing)
-        trainer, reference, actors = _start_actors(config, plan, model)
-        _connect(trainer, actors, config)
-        engines = EnginePool(actors, config.ray.timeout_s)
+        ranks, references, actors = _start_actors(config, plan, model)
+        timeout_s = config.ray.timeout_s
+        _connect(ranks[0], actors, timeout_s)
+        engines = EnginePool(actors, timeout_s)
+        reference = ReferencePool(references, timeout_s) if references else None
         background = ThreadPoolExecutor(1, thread_name_prefix="collect")
         closing.callback(background.shutdown, wait=False, cancel_futures=True)
         log = RunLog(run_dir, config)
@@ -64,7 +67,7 @@ def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
             task=task,
             tokenizer=tokenizer,
             data=data,
-            trainer=trainer,
+            trainer=TrainerPool(ranks, config.train.gradient_accumulation_steps, timeout_s),
             engines=engines,
             collector=make_collector(config, env, engines, reference),
             replay_buffer=make_replay_buffer(
@@ -104,21 +107,17 @@ def _start_ray(config: RunConfig, plan: Plan, closing: ExitStack) -> None:
     closing.callback(ray.shutdown)
 
 
-def _start_actors(config: RunConfig, plan: Plan, model: str) -> tuple[ActorHandle, ActorHandle | None, list[ActorHandle]]:
-    """Start the actors side by side and wait until each has its model: (trainer, reference or None, engines)."""
+def _start_actors(
+    config: RunConfig, plan: Plan, model: str
+) -> tuple[list[ActorHandle], list[ActorHandle], list[ActorHandle]]:
+    """Start the actors side by side and wait until each has its model: (training ranks, references, engines)."""
     threads = {"OMP_NUM_THREADS": str(plan.threads)}
 
-    def remote(cls, environment: dict[str, str]):
-        return ray.remote(num_cpus=1, num_gpus=plan.gpus_per_process, runtime_env={"env_vars": threads | environment})(cls)
+    def start(role: str, cls: type, environment: dict[str, str], *arguments) -> list[ActorHandle]:
+        options = {"num_cpus": 1, "num_gpus": plan.gpus_per_process, "runtime_env": {"env_vars": threads | environment}}
+        return [ray.remote(**options)(cls).remote(*arguments) for _ in range(plan.roles.get(role, 0))]
 
-    inference, train = config.inference_model, config.train
-    attention = config.model.attn_implementation
-    objective = (config.objective, train, config.optimizer, config.uses_reference)
-    train_device = "cpu" if plan.device == "mps" else plan.device  # FSDP2 has no backend for mps
-    trainer = remote(TrainerActor, {}).remote(TrainerSpec(model, attention, train_device, inference.temperature, *objective))
-    reference = None
-    if config.uses_reference:
-        reference = remote(ReferenceActor, {}).remote(model, attention, plan.device, inference.temperature)
+    inference, attention = config.inference_model, config.model.attn_implementation
     spec = EngineSpec(
         backend=inference.backend,
         model=model,
@@ -132,15 +131,29 @@ def _start_actors(config: RunConfig, plan: Plan, model: str) -> tuple[ActorHandl
         gpu_memory_utilization=inference.gpu_memory_utilization,
         enforce_eager=inference.enforce_eager or plan.device == "cpu",
     )
-    engines = [remote(InferenceActor, engine_environment(spec)).remote(spec)]
-    starting = {"the inference actor": engines[0].start.remote()}
-    if reference is not None:
-        starting["the reference actor"] = reference.start.remote()
+    engines = start("inference", InferenceActor, engine_environment(spec), spec)
+    references = start("reference", ReferenceActor, {}, model, attention, plan.device, inference.temperature)
+    train_device = "cpu" if plan.device == "mps" else plan.device  # FSDP2 has no backend for mps
+    trainer_spec = TrainerSpec(
+        model,
+        attention,
+        train_device,
+        inference.temperature,
+        config.objective,
+        config.train,
+        config.optimizer,
+        config.uses_reference,
+    )
+    trainers = start("trainer", TrainerActor, {}, trainer_spec)
+    starting = named("inference", [actor.start.remote() for actor in engines])
+    starting |= named("reference", [actor.start.remote() for actor in references])
     timeout, key = config.ray.start_timeout_s, "ray.start_timeout_s"
-    rendezvous = get(trainer.open_rendezvous.remote(), timeout, "the training actor", "starting", key)
-    starting["the training actor"] = trainer.start.remote(0, 1, rendezvous, config.ray.timeout_s)
-    get_all(starting, timeout, "starting", key)
-    return trainer, reference, engines
+    rendezvous = get(trainers[0].open_rendezvous.remote(), timeout, "the first training actor", "starting", key)
+    ranks = [
+        actor.start.remote(rank, len(trainers), rendezvous, config.ray.timeout_s) for rank, actor in enumerate(trainers)
+    ]
+    get_all(starting | named("training", ranks), timeout, "starting", key)
+    return trainers, references, engines
 
 
 def engine_environment(spec: EngineSpec) -> dict[str, str]:
@@ -155,16 +168,17 @@ def engine_environment(spec: EngineSpec) -> dict[str, str]:
     return variables
 
 
-def _connect(trainer: ActorHandle, engines: list[ActorHandle], config: RunConfig) -> None:
-    """Let every engine map the trainer's weights."""
-    timeout = config.ray.timeout_s
-    description = get(trainer.weights_description.remote(), timeout, "the training actor", "describing its weights")
+def _connect(trainer: ActorHandle, engines: list[ActorHandle], timeout_s: float) -> None:
+    """Let every engine map the weights that the first training rank writes."""
+    description = get(trainer.weights_description.remote(), timeout_s, "the first training actor", "describing its weights")
     calls = [engine.connect.remote(description) for engine in engines]
-    get(calls, timeout, "the inference actor", "connecting to the trainer's weights")
-    get(trainer.weights_mapped.remote(), timeout, "the training actor", "connecting to the engines")
+    get_all(named("inference", calls), timeout_s, "connecting to the trainer's weights")
+    get(trainer.weights_mapped.remote(), timeout_s, "the first training actor", "connecting to the engines")
 
 
-def make_collector(config: RunConfig, env: PromptEnv, engines: EnginePool, reference: ActorHandle | None) -> GroupCollector:
+def make_collector(
+    config: RunConfig, env: PromptEnv, engines: EnginePool, reference: ReferencePool | None
+) -> GroupCollector:
     """Everything between a prompt and a scored group."""
     inference, train = config.inference_model, config.train
     sampling = Sampling(config.env.repeats, inference.max_tokens, inference.temperature, inference.top_p)
@@ -174,5 +188,5 @@ def make_collector(config: RunConfig, env: PromptEnv, engines: EnginePool, refer
         policy=InferencePolicy(engines, env.data, sampling, config.seed, env.clock),
         dialog_turns_per_batch=train.dialog_turns_per_batch,
         total_dialog_turns=train.total_dialog_turns,
-        postproc=Finish(env, reference, kl_in_reward, config.ray.timeout_s),
+        postproc=Finish(env, reference, kl_in_reward),
     )

@@ -24,6 +24,7 @@ from grpo.tasks import load
 from grpo.tasks.arithmetic import split_expressions
 
 ROOT = Path(__file__).resolve().parent.parent
+STUDENT_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # by the number of seeds
 RESULTS = ROOT / "benchmarks" / "results" / "learning.json"
 
 
@@ -70,6 +71,19 @@ def ceiling() -> dict:
     return {"accuracy": share, "n": len(problems), "interval_95": interval(share, len(problems))}
 
 
+def summarise(results: dict) -> dict:
+    """Mean test accuracy after training over the seeds with Student's 95% interval, and what the control gained."""
+    after = torch.tensor([run["eval"]["after"]["accuracy"] for run in results["runs"]], dtype=torch.float64)
+    half = float(STUDENT_95[len(after)] * after.std() / len(after) ** 0.5)
+    control = results["control_shuffled_rewards"]["eval"]
+    return {
+        "accuracy_after_mean": round(float(after.mean()), 4),
+        "accuracy_after_interval_95": [round(float(after.mean()) - half, 4), round(float(after.mean()) + half, 4)],
+        "training_s_max": max(run["wall_s"] for run in results["runs"]),
+        "control_gain": round(control["after"]["accuracy"] - control["before"]["accuracy"], 4),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -79,6 +93,7 @@ def main() -> None:
         results["runs"].append({"seed": seed} | train(f"seed={seed}"))
     results["control_shuffled_rewards"] = train("seed=0", "env.reward_fn=benchmarks/shuffled_rewards.py:shuffled")
     results["ceiling_supervised_right_demonstrations"] = ceiling()
+    results["summary"] = summarise(results)
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=2) + "\n")
     print(json.dumps(results, indent=2))

@@ -20,12 +20,12 @@ from torchrl.envs import EnvBase
 from transformers import PreTrainedTokenizerBase
 
 from grpo.advantages import group_advantages
-from grpo.inference import Request, Sampling
+from grpo.inference import Sampling
 from grpo.metrics import Clock
 from grpo.objectives.divergences import k3
-from grpo.remote import get
+from grpo.pools import EnginePool, ReferencePool
 from grpo.rewards import RewardFunction, apply_reward_function
-from grpo.rollout import Completions, GroupRecord, pack
+from grpo.rollout import GroupRecord, pack
 from grpo.tasks import EncodedProblems, Task
 
 
@@ -48,29 +48,6 @@ class PromptStream:
             self._pass = data_pass
             self._order = np.random.default_rng([self.seed, data_pass]).permutation(self.num_problems)
         return int(self._order[offset])
-
-
-class EnginePool:
-    """The inference actors behind one call."""
-
-    def __init__(self, actors: list, timeout_s: float) -> None:
-        self.actors, self.timeout_s = actors, timeout_s
-
-    def generate(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> Completions:
-        """Responses to `prompts`, in their order, K together; the same seed and weights give the same responses."""
-        requests = [Request(i, prompt, sampling) for i, prompt in enumerate(prompts)]
-        calls = []
-        for i, actor in enumerate(self.actors):
-            share = requests[i :: len(self.actors)]
-            calls.append(actor.exchange.remote(share, len(share) * sampling.num_responses, seed + i))
-        taken = get(calls, self.timeout_s, "the inference actor", f"sampling responses to {len(prompts)} prompts")
-        return Completions.concatenate(taken).in_request_order()
-
-    def update_weights(self, version: int) -> None:
-        """Have every engine load what the trainer published, and check that it now has `version`."""
-        calls = [actor.update_weights.remote(version) for actor in self.actors]
-        versions = get(calls, self.timeout_s, "the inference actor", f"loading weights version {version}")
-        assert versions == [version] * len(calls), f"engines answered versions {versions} to a push of {version}"
 
 
 class PromptEnv(EnvBase):
@@ -175,15 +152,14 @@ class Finish:
     taken off its reward before advantages are made; `reward` itself stays what the task gave.
     """
 
-    def __init__(self, env: PromptEnv, reference, kl_in_reward: float, timeout_s: float) -> None:
-        self.env, self.reference, self.kl_in_reward, self.timeout_s = env, reference, kl_in_reward, timeout_s
+    def __init__(self, env: PromptEnv, reference: ReferencePool | None, kl_in_reward: float) -> None:
+        self.env, self.reference, self.kl_in_reward = env, reference, kl_in_reward
 
     def __call__(self, rollouts: TensorDict) -> TensorDict:
         flat = rollouts.reshape(-1)
         if self.reference is not None:
             with self.env.clock.phase("reference"):
-                call = self.reference.score.remote(flat.select("tokens", "prompt_length", "response_mask"))
-                flat["reference_log_probs"] = get(call, self.timeout_s, "the reference actor", "scoring a collection")
+                flat["reference_log_probs"] = self.reference.score(flat)
         penalised = flat["reward"]
         if self.kl_in_reward > 0:
             kl = k3(flat["inference_log_probs"], flat["reference_log_probs"]).sum(-1)

@@ -88,27 +88,27 @@ class ModelConfig:
 class TrainModelConfig:
     """The policy being trained."""
 
-    num_devices: int = 1
+    num_devices: int = 1  # FSDP2 ranks: GPUs, or processes on a CPU
 
     def __post_init__(self) -> None:
-        _one_process("train_model", self.num_devices)
+        _at_least("train_model", self, 1, "num_devices")
 
 
 @dataclass
 class RefModelConfig:
     """The frozen reference."""
 
-    num_devices: int = 1
+    num_devices: int = 1  # processes that share the batch
 
     def __post_init__(self) -> None:
-        _one_process("ref_model", self.num_devices)
+        _at_least("ref_model", self, 1, "num_devices")
 
 
 @dataclass
 class InferenceModelConfig:
-    """The engine that samples responses."""
+    """The engines that sample responses."""
 
-    num_devices: int = 1
+    num_devices: int = 1  # replicas that share the prompts
     backend: str = "vllm"
     dtype: str = "auto"  # of vLLM on a GPU: auto is the model's own, bfloat16 for a float32 one; a CPU computes in float32
     gpu_memory_utilization: float = 0.9  # share of a GPU's memory that vLLM may take; a CPU gets what num_envs needs
@@ -119,10 +119,9 @@ class InferenceModelConfig:
 
     def __post_init__(self) -> None:
         section = "inference_model"
-        _one_process(section, self.num_devices)
         _one_of(f"{section}.backend", self.backend, ("vllm", "transformers"))
         _one_of(f"{section}.dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
-        _at_least(section, self, 1, "max_tokens")
+        _at_least(section, self, 1, "num_devices", "max_tokens")
         _check(0 < self.temperature < math.inf, f"{section}.temperature", self.temperature, "must be above 0 to explore")
         _check(0 < self.top_p <= 1, f"{section}.top_p", self.top_p, "must be in (0, 1]")
         _check(
@@ -138,10 +137,6 @@ class InferenceModelConfig:
             self.gpu_memory_utilization,
             "must be in (0, 1]",
         )
-
-
-def _one_process(section: str, num_devices: int) -> None:
-    _check(num_devices == 1, f"{section}.num_devices", num_devices, "must be 1: this version runs one process a role")
 
 
 @dataclass
@@ -278,10 +273,11 @@ class RunConfig:
             f"must be a multiple of train.dialog_turns_per_batch ({train.dialog_turns_per_batch})",
         )
         _check(
-            train.optim_batch_size % train.gradient_accumulation_steps == 0,
+            train.optim_batch_size % (train.gradient_accumulation_steps * self.train_model.num_devices) == 0,
             "train.optim_batch_size",
             train.optim_batch_size,
-            f"must be a multiple of train.gradient_accumulation_steps ({train.gradient_accumulation_steps})",
+            f"must be a multiple of train.gradient_accumulation_steps ({train.gradient_accumulation_steps}) x "
+            f"train_model.num_devices ({self.train_model.num_devices})",
         )
         if train.buffer_size is None:
             train.buffer_size = train.dialog_turns_per_batch

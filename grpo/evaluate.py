@@ -2,8 +2,8 @@
 
 from transformers import PreTrainedTokenizerBase
 
-from grpo.collect import EnginePool
 from grpo.inference import Sampling
+from grpo.pools import EnginePool
 from grpo.tasks import EncodedProblems, Task
 
 

@@ -30,6 +30,10 @@ class Plan:
     parameters: int
     memory_bytes: dict[str, int]  # estimate a role, weights, optimiser and key-value cache; activations come on top
 
+    @property
+    def total_memory_bytes(self) -> int:
+        return sum(self.memory_bytes[role] * count for role, count in self.roles.items())
+
     def describe(self, config: RunConfig) -> str:
         """What dry_run=true prints."""
         gib = 2**30
@@ -39,7 +43,7 @@ class Plan:
                 f"process           {count} x {role}, about {self.memory_bytes[role] / gib:.2f} GiB each"
                 for role, count in self.roles.items()
             ),
-            f"memory            about {sum(self.memory_bytes.values()) / gib:.2f} GiB for "
+            f"memory            about {self.total_memory_bytes / gib:.2f} GiB for "
             f"{self.parameters / 1e6:.1f} million parameters, activations not counted",
             f"threads           {self.threads} a process",
             f"collections       {config.num_collections} of {config.train.dialog_turns_per_batch} responses "
@@ -85,25 +89,29 @@ def make_plan(config: RunConfig) -> Plan:
             f"env.max_prompt_length ({config.env.max_prompt_length}) + inference_model.max_tokens "
             f"({config.inference_model.max_tokens}) must be at most the model's {positions} positions"
         )
-    roles = {"trainer": 1, "inference": 1} | ({"reference": 1} if config.uses_reference else {})
+    roles = {"trainer": config.train_model.num_devices, "inference": config.inference_model.num_devices}
+    if config.uses_reference:
+        roles["reference"] = config.ref_model.num_devices
     parameters = num_parameters(model)
     weights = parameters * FLOAT32
     states = {"adamw": 2, "adam": 2, "sgd": 0}[config.optimizer.name]
     in_flight = config.env.num_envs * config.env.repeats
     memory = {
-        "trainer": weights * (3 + states),  # weights, gradients, the pushed copy, optimiser states
+        # Weights, gradients, optimiser states in shards, and a full copy that is pushed or gathered.
+        "trainer": weights * (2 + states) // roles["trainer"] + weights,
         "inference": weights + kv_cache_bytes(model, in_flight * length, FLOAT32),
         "reference": weights,
     }
     memory = {role: memory[role] for role in roles}
     gpus = torch.cuda.device_count() if device == "cuda" else 0
-    sharing = -(-len(roles) // gpus) if gpus else 0  # processes on the fullest GPU
-    needed, there = sum(memory.values()), psutil.virtual_memory().available
+    sharing = -(-sum(roles.values()) // gpus) if gpus else 0  # processes on the fullest GPU
+    needed, there = sum(memory[role] * count for role, count in roles.items()), psutil.virtual_memory().available
     if device == "cpu" and needed > there:
         raise ConfigError(
             f"model.name ({name}) needs about {needed / 2**30:.1f} GiB of memory and {there / 2**30:.1f} GiB are free: "
             "use a smaller model, or lower env.num_envs or inference_model.max_tokens"
         )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    at_once = 1 if config.train.sync_iter else 2  # the engine samples while the trainer optimises
+    busy = list(roles.values())
+    at_once = max(busy) if config.train.sync_iter else sum(busy)  # then engines sample while trainers optimise
     return Plan(device, roles, 1 / sharing if sharing else 0.0, max(1, cores // at_once), parameters, memory)

@@ -34,11 +34,12 @@ def get(call: Any, timeout_s: float, actor: str, doing: str, key: str = "ray.tim
         raise ActorError(f"{actor} died while {doing}: {reason[:400]}") from None
 
 
-def get_all(calls: dict[str, ObjectRef], timeout_s: float, doing: str, key: str = "ray.timeout_s") -> None:
-    """Wait for the calls of several actors (by their names) under one deadline; the first to fail is raised at once."""
+def get_all(calls: dict[str, ObjectRef], timeout_s: float, doing: str, key: str = "ray.timeout_s") -> list[Any]:
+    """The results of several actors' calls (by the actors' names) under one deadline; the first failure is raised."""
     waiting = {call: actor for actor, call in calls.items()}
     deadline = time.monotonic() + timeout_s
     while waiting:
         done, _ = ray.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
         for call in done or list(waiting)[:1]:
-            get(call, 0 if not done else timeout_s, waiting.pop(call), doing, key)
+            get(call, timeout_s if done else 0.0, waiting.pop(call), doing, key)
+    return ray.get(list(calls.values()))

@@ -15,19 +15,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from ray import ObjectRef
-from ray.actor import ActorHandle
 from tensordict import TensorDict
 from torchrl.data import ReplayBuffer
 from transformers import PreTrainedTokenizerBase
 
-from grpo.collect import EnginePool, GroupCollector
+from grpo.collect import GroupCollector
 from grpo.config import RunConfig
 from grpo.errors import ActorError
 from grpo.evaluate import accuracy
 from grpo.metrics import Clock, RunLog, rollout_metrics
 from grpo.plot import plot_run
-from grpo.remote import get
+from grpo.pools import EnginePool, TrainerPool
 from grpo.tasks import EncodedProblems, Task
 
 
@@ -40,7 +38,7 @@ class Run:
     task: Task
     tokenizer: PreTrainedTokenizerBase
     data: dict[str, EncodedProblems]  # by split
-    trainer: ActorHandle
+    trainer: TrainerPool
     engines: EnginePool
     collector: GroupCollector
     replay_buffer: ReplayBuffer
@@ -82,8 +80,7 @@ class Run:
         first_epoch = self.num_steps % self.config.steps_per_collection < self.config.batches_per_collection
         with_log_probs = first_epoch and self.config.logging.rollout_tokens
         with self.clock.phase("train"):
-            call = self.trainer.step.remote(batch.exclude("records"), with_log_probs)
-            metrics, log_probs = self._trainer(call, f"taking optimiser step {self.num_steps + 1}")
+            metrics, log_probs = self.trainer.step(batch.exclude("records"), self.num_steps + 1, with_log_probs)
         self.num_steps += 1
         self.samples_trained += len(batch)
         metrics |= rollout_metrics(batch, self.policy_version) | self.clock.take()
@@ -98,8 +95,8 @@ class Run:
         if self.ahead is not None:
             self._wait_for_collection()  # a collection is sampled under one version
         with self.clock.phase("push"):
-            self._trainer(self.trainer.publish.remote(), f"publishing weights version {self.policy_version + 1}")
             self.policy_version += 1
+            self.trainer.publish(self.policy_version)
             self.engines.update_weights(self.policy_version)
         metrics = self.clock.take()
         frequency, before = self.config.train.eval_frequency, self.num_steps - self.config.steps_per_collection
@@ -114,9 +111,6 @@ class Run:
             max_tokens = self.config.inference_model.max_tokens
             return accuracy(self.engines, self.task, self.data[split], self.tokenizer, max_tokens)
 
-    def _trainer(self, call: ObjectRef, doing: str):
-        return get(call, self.config.ray.timeout_s, "the training actor", doing)
-
     def _training_clock(self) -> float:
         """Seconds that stand still during evaluations."""
         return time.perf_counter() - self.clock.total["eval"]
@@ -125,7 +119,7 @@ class Run:
         """Evaluate, export the model, write summary.json and the plots, and tell the user."""
         training_s = self._training_clock() - self.started_s
         after = self.evaluate("test")
-        self._trainer(self.trainer.export.remote(self.run_dir / "model"), "exporting the model")
+        self.trainer.export(self.run_dir / "model")
         self.log.close()
         summary = {
             "eval": {"before": before, "after": after},

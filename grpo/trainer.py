@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from grpo.config import ObjectiveConfig, OptimizerConfig, TrainConfig
 from grpo.errors import TrainingError
 from grpo.models import export, full_parameters, load_model, load_tokenizer, shard, token_log_probs
-from grpo.objectives.grpo import count, grpo_loss, summarise
+from grpo.objectives.grpo import grpo_loss, summarise
 from grpo.rollout import trim
 from grpo.weight_sync import SharedMemorySender
 
@@ -90,15 +90,15 @@ class TrainerActor:
         """Every engine has mapped the weights."""
         self.sender.unlink()
 
-    def step(self, batch: TensorDict, with_log_probs: bool = False) -> tuple[dict[str, float], torch.Tensor | None]:
-        """One optimiser step on rollouts [B]; returns its metrics and, if asked for, log_probs [B, T] before the step.
+    def step(
+        self, batch: TensorDict, num_micro_batches: int, update: bool, responses: int, with_log_probs: bool
+    ) -> tuple[dict[str, float], torch.Tensor | None]:
+        """One optimiser step; this rank's part of it is `batch` [B] in `num_micro_batches` equal parts.
 
-        Where every advantage is 0 the weights stay: only the penalties would move them, and the optimiser would scale
-        that noise up to a full step.
+        `responses` counts the rollouts of all ranks. Returns the step's metrics over all ranks and, if asked for, this
+        rank's log_probs [B, T] before the step. Without `update` the weights stay.
         """
-        micro_batches = batch.to(self.device).chunk(self.spec.train.gradient_accumulation_steps)
-        update = bool(batch["advantage"].any())
-        responses = count(batch["response_mask"])
+        micro_batches = batch.to(self.device).chunk(num_micro_batches)
         sums: dict[str, torch.Tensor] = {}
         log_probs = torch.zeros(batch["tokens"].shape) if with_log_probs else None
         first_row = 0
@@ -116,7 +116,9 @@ class TrainerActor:
                 masked = torch.where(micro_batch["response_mask"], current.detach(), 0.0)
                 log_probs[first_row : first_row + rows, :width] = masked.cpu()
                 first_row += rows
-        metrics = summarise({name: value.item() for name, value in sums.items()}, responses)
+        totals = torch.stack(list(sums.values()))
+        dist.all_reduce(totals)
+        metrics = summarise(dict(zip(sums, totals.tolist(), strict=True)), responses)
         metrics["train/lr"] = self.schedule.get_last_lr()[0]
         metrics["train/grad_norm"] = self._optimise() if update else 0.0
         metrics["train/skipped_updates"] = float(not update)
@@ -151,8 +153,12 @@ class TrainerActor:
         return norm
 
     def publish(self) -> None:
-        """Write the current weights where the engines read them."""
-        self.sender.write(full_parameters(self.model))
+        """Gather the current weights on every rank; rank 0 writes them where the engines read them."""
+        if dist.get_rank() == 0:
+            self.sender.write(full_parameters(self.model))
+        else:
+            for _ in full_parameters(self.model):
+                pass
 
     def export(self, path: Path) -> None:
         """Write the model and its tokenizer in transformers format."""

@@ -1,7 +1,8 @@
 """The GRPO loss, and the metrics that say what it did.
 
 The contract of an objective: it returns a sum over the rollouts it was given and sums for its metrics. Whoever calls it
-divides by `count` over all ranks and micro-batches, so the gradient is the same however a batch is split.
+divides by the count over all ranks and micro-batches (responses, here), so the gradient is the same however a batch is
+split.
 """
 
 import torch
@@ -32,7 +33,7 @@ def grpo_loss(
 
     log_probs, entropy, inference_log_probs, reference_log_probs: float [B, T]; advantages: float [B];
     response_mask: bool [B, T] with at least one true a row. Log-probs in nats. `reference_log_probs` is None where no
-    reference is used. Divide the loss by the number of responses (`count`).
+    reference is used. Divide the loss by the number of responses, over all ranks and micro-batches.
 
     Returns the scalar loss and token sums for `summarise`.
 
@@ -64,11 +65,6 @@ def grpo_loss(
     loss = ((token_loss * mask).sum(1) / mask.sum(1)).sum()
     totals = {name: (value.detach().double() * mask).sum() for name, value in sums.items()}
     return loss, totals | {"loss": loss.detach().double(), "tokens": mask.double().sum()}
-
-
-def count(response_mask: torch.Tensor) -> int:
-    """What the loss sum is divided by: the number of responses."""
-    return response_mask.shape[0]
 
 
 def summarise(sums: dict[str, float], responses: int) -> dict[str, float]:

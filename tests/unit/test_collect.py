@@ -1,12 +1,9 @@
 """Collecting with stub engines: which prompts come, and what a collection holds."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 
-from grpo import collect
 from grpo.advantages import group_advantages
 from grpo.builtin import make_tokenizer
 from grpo.collect import Finish, GroupCollector, InferencePolicy, PromptEnv, PromptStream
@@ -108,7 +105,7 @@ def make_collector(reference=None, kl_in_reward: float = 0.0, reward_function=No
         policy=InferencePolicy(engines, data, Sampling(3, 8, 1.0), 11, clock),
         dialog_turns_per_batch=6,
         total_dialog_turns=6 * collections,
-        postproc=Finish(env, reference, kl_in_reward, 5.0),
+        postproc=Finish(env, reference, kl_in_reward),
     )
     return collector, engines, stream
 
@@ -166,12 +163,9 @@ def test_a_users_reward_replaces_the_tasks_and_the_verdicts_stay():
 
 
 class Reference:
-    """Stub reference actor: every response token has the log-prob -0.5 - ln 2, half of what the engine gave it."""
+    """Stub reference: every response token has the log-prob -0.5 - ln 2, half of what the engine gave it."""
 
-    def __init__(self) -> None:
-        self.score = SimpleNamespace(remote=self.answer)
-
-    def answer(self, batch):
+    def score(self, batch):
         return torch.where(batch["response_mask"], -0.5 - torch.tensor(2.0).log(), 0.0)
 
 
@@ -180,8 +174,7 @@ K3 = -0.5 + torch.tensor(2.0, dtype=torch.float64).log().item()
 
 
 @pytest.mark.parametrize("kl_in_reward", [0.0, 0.5, 30.0])
-def test_the_reference_penalty_is_taken_off_before_advantages_and_the_reward_stays(monkeypatch, kl_in_reward):
-    monkeypatch.setattr(collect, "get", lambda call, *arguments: call)
+def test_the_reference_penalty_is_taken_off_before_advantages_and_the_reward_stays(kl_in_reward):
     collector, _, _ = make_collector(Reference(), kl_in_reward)
     rollouts = next(iter(collector))
     mask = rollouts["response_mask"]

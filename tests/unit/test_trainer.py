@@ -23,6 +23,14 @@ PENALTIES = {"kl_to_ref_coeff": 0.3, "kl_to_inference_coeff": 0.1, "entropy_coef
 LARGE_STEPS = OptimizerConfig(name="sgd", lr=0.5, warmup_steps=0, clip_grad_norm=1e9)
 
 
+class OneRank(TrainerActor):
+    """Takes whole batches, as TrainerPool gives them to a single rank."""
+
+    def step(self, batch: TensorDict, with_log_probs: bool = False):
+        parts, update = self.spec.train.gradient_accumulation_steps, bool(batch["advantage"].any())
+        return super().step(batch, parts, update, len(batch), with_log_probs)
+
+
 @pytest.fixture
 def make_trainer(model_path, monkeypatch):
     """Start a trainer; the one before it ends."""
@@ -48,7 +56,7 @@ def make_trainer(model_path, monkeypatch):
             optimizer=optimizer,
             uses_reference=uses_reference,
         )
-        trainer = TrainerActor(spec)
+        trainer = OneRank(spec)
         assert trainer.start(0, 1, trainer.open_rendezvous(), 60.0) == os.getpid()
         started.append(trainer)
         return trainer

@@ -1,0 +1,104 @@
+"""The driver's side of the actors: spreads work over the actors of a role and puts their answers together.
+
+Each pool answers the same whatever the number of its actors: batches are split so that sums over the parts equal the sum
+over the whole, and answers come back in the order of the questions.
+"""
+
+import torch
+from ray.actor import ActorHandle
+from tensordict import TensorDict
+
+from grpo.inference import Request, Sampling
+from grpo.remote import get_all
+from grpo.rollout import Completions
+
+
+def named(role: str, values: list) -> dict[str, object]:
+    """Values under the names that errors use: `the inference actor`, or `inference actor 1` where there are several."""
+    return {f"the {role} actor" if len(values) == 1 else f"{role} actor {i}": value for i, value in enumerate(values)}
+
+
+class EnginePool:
+    """The inference actors."""
+
+    def __init__(self, actors: list[ActorHandle], timeout_s: float) -> None:
+        self.actors, self.timeout_s = actors, timeout_s
+
+    def generate(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> Completions:
+        """Responses to `prompts`, in their order, K together; the same seed and weights give the same responses."""
+        requests = [Request(i, prompt, sampling) for i, prompt in enumerate(prompts)]
+        calls = []
+        for i, actor in enumerate(self.actors):
+            share = requests[i :: len(self.actors)]
+            if share:
+                calls.append(actor.exchange.remote(share, len(share) * sampling.num_responses, seed + i))
+        doing = f"sampling responses to {len(prompts)} prompts"
+        return Completions.concatenate(get_all(named("inference", calls), self.timeout_s, doing)).in_request_order()
+
+    def update_weights(self, version: int) -> None:
+        """Have every engine load what the trainer published, and check that it now has `version`."""
+        calls = [actor.update_weights.remote(version) for actor in self.actors]
+        versions = get_all(named("inference", calls), self.timeout_s, f"loading weights version {version}")
+        assert versions == [version] * len(calls), f"engines answered versions {versions} to a push of {version}"
+
+
+class ReferencePool:
+    """The reference actors; each scores a part of the batch."""
+
+    def __init__(self, actors: list[ActorHandle], timeout_s: float) -> None:
+        self.actors, self.timeout_s = actors, timeout_s
+
+    def score(self, rollouts: TensorDict) -> torch.Tensor:
+        """reference_log_probs, float32 [B, T], of rollouts [B]."""
+        parts = rollouts.select("tokens", "prompt_length", "response_mask").chunk(len(self.actors))
+        calls = [actor.score.remote(part) for actor, part in zip(self.actors, parts, strict=False)]
+        return torch.cat(get_all(named("reference", calls), self.timeout_s, f"scoring {len(rollouts)} rollouts"))
+
+
+def split_rows(lengths: torch.Tensor, num_ranks: int, num_micro_batches: int) -> list[torch.Tensor]:
+    """Row indices for each rank: `num_micro_batches` equal parts one after the other.
+
+    lengths: int64 [B] tokens a row; B must be a multiple of num_ranks * num_micro_batches. Rows of similar length fall
+    into one micro-batch, and the ranks' micro-batches of one turn are alike, so little is padded and no rank waits long.
+    """
+    parts = lengths.argsort(descending=True, stable=True).chunk(num_ranks * num_micro_batches)
+    return [torch.cat(parts[rank::num_ranks]) for rank in range(num_ranks)]
+
+
+class TrainerPool:
+    """The training ranks: every call goes to all of them, since they meet in collectives."""
+
+    def __init__(self, actors: list[ActorHandle], num_micro_batches: int, timeout_s: float) -> None:
+        self.actors, self.num_micro_batches, self.timeout_s = actors, num_micro_batches, timeout_s
+
+    def step(self, batch: TensorDict, number: int, with_log_probs: bool) -> tuple[dict[str, float], torch.Tensor | None]:
+        """Optimiser step `number` on rollouts [B]: its metrics and, if asked for, log_probs [B, T] before the step.
+
+        Where every advantage is 0 the weights stay: only the penalties would move them, and the optimiser would scale
+        that noise up to a full step.
+        """
+        lengths = batch["prompt_length"] + batch["response_length"]
+        rows = split_rows(lengths, len(self.actors), self.num_micro_batches)
+        update = bool(batch["advantage"].any())
+        calls = [
+            actor.step.remote(batch[mine], self.num_micro_batches, update, len(batch), with_log_probs)
+            for actor, mine in zip(self.actors, rows, strict=True)
+        ]
+        answers = self._get(calls, f"taking optimiser step {number}")
+        if not with_log_probs:
+            return answers[0][0], None
+        log_probs = torch.zeros(batch["tokens"].shape)
+        for mine, (_, part) in zip(rows, answers, strict=True):
+            log_probs[mine] = part
+        return answers[0][0], log_probs
+
+    def publish(self, version: int) -> None:
+        """Write the current weights where the engines read them."""
+        self._get([actor.publish.remote() for actor in self.actors], f"publishing weights version {version}")
+
+    def export(self, path) -> None:
+        """Write the model and its tokenizer in transformers format."""
+        self._get([actor.export.remote(path) for actor in self.actors], "exporting the model")
+
+    def _get(self, calls: list, doing: str) -> list:
+        return get_all(named("training", calls), self.timeout_s, doing)
