@@ -22,6 +22,18 @@ def command(*overrides: str) -> list[str]:
     return [sys.executable, "grpo_sync.py", "--config-name", "grpo_arithmetic", *SMALL, *overrides]
 
 
+def launch_script(*overrides: str) -> subprocess.Popen:
+    """The script as a terminal starts it: in a session of its own, with Ctrl-C neither ignored nor blocked."""
+    return subprocess.Popen(
+        command(*overrides),
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
 REWARDS = """
 def nan(prompts, responses, answers):
     return [float("nan")] * len(responses)
@@ -97,9 +109,7 @@ def test_dry_run_tells_the_plan_and_starts_nothing(tmp_path):
 @pytest.mark.parametrize("after_s", [1.5, 3.0, 6.0, 12.0])
 def test_ctrl_c_before_the_first_step_ends_without_a_traceback(tmp_path, model_path, after_s):
     """While libraries are imported, and while the actors start."""
-    process = subprocess.Popen(
-        command(f"hydra.run.dir={tmp_path}/run"), cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    process = launch_script(f"hydra.run.dir={tmp_path}/run")
     time.sleep(after_s)
     started = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGINT)
@@ -114,9 +124,7 @@ def test_ctrl_c_before_the_first_step_ends_without_a_traceback(tmp_path, model_p
 def test_ctrl_c_ends_within_ten_seconds_with_nothing_left_behind(tmp_path, model_path, setting):
     run_dir = tmp_path / "run"
     overrides = [setting, "train.total_dialog_turns=32000", f"hydra.run.dir={run_dir}"]
-    process = subprocess.Popen(
-        command(*overrides), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
+    process = launch_script(*overrides)
     metrics = run_dir / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not metrics.is_file() or len(metrics.read_text().splitlines()) < 3:
