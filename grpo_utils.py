@@ -12,6 +12,7 @@ from pathlib import Path
 
 import ray
 import torch
+from ray import ObjectRef
 from ray.actor import ActorHandle
 from transformers import PreTrainedTokenizerBase
 
@@ -22,7 +23,7 @@ from grpo.inference import EngineSpec, InferenceActor, Sampling
 from grpo.metrics import Clock, RunLog
 from grpo.models import check_files, load_tokenizer
 from grpo.plan import Plan, make_plan
-from grpo.pools import EnginePool, ReferencePool, TrainerPool, named
+from grpo.pools import EnginePool, ReferencePool, TrainerPool, WeightPush, named
 from grpo.reference import ReferenceActor
 from grpo.remote import get, get_all
 from grpo.replay import make_replay_buffer
@@ -54,8 +55,9 @@ def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
         _start_ray(config, plan, closing)
         ranks, references, actors = _start_actors(config, plan, model)
         timeout_s = config.ray.timeout_s
-        _connect(ranks[0], actors, timeout_s)
         engines = EnginePool(actors, timeout_s)
+        trainer = TrainerPool(ranks, config.train.gradient_accumulation_steps, timeout_s)
+        push = connect(trainer, engines, plan.transport, config.inference_model.tensor_parallel_size, timeout_s)
         reference = ReferencePool(references, timeout_s) if references else None
         background = ThreadPoolExecutor(1, thread_name_prefix="collect")
         closing.callback(background.shutdown, wait=False, cancel_futures=True)
@@ -67,8 +69,9 @@ def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
             task=task,
             tokenizer=tokenizer,
             data=data,
-            trainer=TrainerPool(ranks, config.train.gradient_accumulation_steps, timeout_s),
+            trainer=trainer,
             engines=engines,
+            push=push,
             collector=make_collector(config, env, engines, reference),
             replay_buffer=make_replay_buffer(
                 config.train.buffer_size // group_size, config.train.optim_batch_size // group_size, config.seed
@@ -112,6 +115,9 @@ def _start_actors(
 ) -> tuple[list[ActorHandle], list[ActorHandle], list[ActorHandle]]:
     """Start the actors side by side and wait until each has its model: (training ranks, references, engines)."""
     threads = {"OMP_NUM_THREADS": str(plan.threads)}
+    if plan.device == "cpu":
+        # Large tensors come from the heap, which keeps its pages: faulting them in anew costs a push a third of its time.
+        threads |= {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
 
     def start(role: str, cls: type, environment: dict[str, str], *arguments) -> list[ActorHandle]:
         options = {"num_cpus": 1, "num_gpus": plan.gpus_per_process, "runtime_env": {"env_vars": threads | environment}}
@@ -130,6 +136,7 @@ def _start_actors(
         top_p=inference.top_p,
         gpu_memory_utilization=inference.gpu_memory_utilization,
         enforce_eager=inference.enforce_eager or plan.device == "cpu",
+        tensor_parallel_size=inference.tensor_parallel_size,
     )
     engines = start("inference", InferenceActor, engine_environment(spec), spec)
     references = start("reference", ReferenceActor, {}, model, attention, plan.device, inference.temperature)
@@ -168,12 +175,28 @@ def engine_environment(spec: EngineSpec) -> dict[str, str]:
     return variables
 
 
-def _connect(trainer: ActorHandle, engines: list[ActorHandle], timeout_s: float) -> None:
-    """Let every engine map the weights that the first training rank writes."""
-    description = get(trainer.weights_description.remote(), timeout_s, "the first training actor", "describing its weights")
-    calls = [engine.connect.remote(description) for engine in engines]
-    get_all(named("inference", calls), timeout_s, "connecting to the trainer's weights")
-    get(trainer.weights_mapped.remote(), timeout_s, "the first training actor", "connecting to the engines")
+def connect(
+    trainer: TrainerPool, engines: EnginePool, transport: str, processes_per_engine: int, timeout_s: float
+) -> WeightPush:
+    """Bring the first training rank and every engine together over `transport`, ready for the first push."""
+
+    def ask(calls: dict[str, ObjectRef], doing: str) -> list:
+        return get_all(calls, timeout_s, doing)
+
+    first, actors = trainer.actors[0], engines.actors
+    dtype, *_ = ask(named("inference", [actor.weights_dtype.remote() for actor in actors]), "telling its dtype")
+    num_receivers = len(actors) * processes_per_engine
+    opening = {"the first training actor": first.open_pushes.remote(transport, dtype, num_receivers, timeout_s)}
+    description, aliases, own_dtype = ask(opening, "preparing weight pushes")[0]
+    joining = {"the first training actor": first.join_pushes.remote()}
+    for i, engine in enumerate(named("inference", actors)):
+        call = actors[i].connect.remote(description, engine, i * processes_per_engine, list(aliases))
+        joining[engine] = call
+    _, *projected = ask(joining, "connecting trainer and engines")
+    packed = sorted({aliases.get(name, name) for names in projected for name in names})
+    ask({"the first training actor": first.project.remote(packed)}, "preparing weight pushes")
+    coarser = min(dtype, own_dtype, key=lambda name: -torch.finfo(getattr(torch, name)).eps)
+    return WeightPush(trainer, engines, aliases, coarser, timeout_s)
 
 
 def make_collector(

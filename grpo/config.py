@@ -109,6 +109,7 @@ class InferenceModelConfig:
     """The engines that sample responses."""
 
     num_devices: int = 1  # replicas that share the prompts
+    tensor_parallel_size: int = 1  # GPUs a replica of vLLM, or processes on a CPU
     backend: str = "vllm"
     dtype: str = "auto"  # of vLLM on a GPU: auto is the model's own, bfloat16 for a float32 one; a CPU computes in float32
     gpu_memory_utilization: float = 0.9  # share of a GPU's memory that vLLM may take; a CPU gets what num_envs needs
@@ -121,7 +122,13 @@ class InferenceModelConfig:
         section = "inference_model"
         _one_of(f"{section}.backend", self.backend, ("vllm", "transformers"))
         _one_of(f"{section}.dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
-        _at_least(section, self, 1, "num_devices", "max_tokens")
+        _at_least(section, self, 1, "num_devices", "max_tokens", "tensor_parallel_size")
+        _check(
+            self.tensor_parallel_size == 1 or self.backend == "vllm",
+            f"{section}.tensor_parallel_size",
+            self.tensor_parallel_size,
+            f"must be 1 with backend={self.backend}: only vllm splits a model",
+        )
         _check(0 < self.temperature < math.inf, f"{section}.temperature", self.temperature, "must be above 0 to explore")
         _check(0 < self.top_p <= 1, f"{section}.top_p", self.top_p, "must be in (0, 1]")
         _check(
@@ -175,12 +182,16 @@ class TrainConfig:
     kl_coef_in_loss: bool = True  # false: the reference term is taken off the reward
     entropy_coeff: float = 0.0
     eval_frequency: int = 0  # optimiser steps between evaluations on the validation split; 0: never
+    weight_transport: str = "auto"  # of pushes: shared_memory (one host), gloo, nccl (a GPU each); auto picks
+    probe_frequency: int = 10  # pushes between comparisons of the trainer's and the engines' log-probs; 0: never
     logging_frequency: int = 1  # optimiser steps between points sent to Weights & Biases and TensorBoard
 
     def __post_init__(self) -> None:
         counts = ("total_dialog_turns", "dialog_turns_per_batch", "epochs", "optim_batch_size")
         _at_least("train", self, 1, *counts, "gradient_accumulation_steps", "logging_frequency")
         _at_least("train", self, 0, "kl_to_ref_coeff", "kl_to_inference_coeff", "entropy_coeff", "eval_frequency")
+        _at_least("train", self, 0, "probe_frequency")
+        _one_of("train.weight_transport", self.weight_transport, ("auto", "shared_memory", "gloo", "nccl"))
 
 
 @dataclass

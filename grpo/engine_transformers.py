@@ -7,9 +7,10 @@ import torch
 from transformers import GenerationConfig
 
 from grpo.inference import EngineSpec, Request
-from grpo.models import load_model, load_tokenizer, score
+from grpo.models import load_model, load_tokenizer, score, token_log_probs
 from grpo.rollout import Completions, length_mask
-from grpo.weight_sync import SharedMemoryReceiver
+from grpo.transports import make_receiver
+from grpo.weight_sync import Receipt, checksum
 
 
 class TransformersEngine:
@@ -28,9 +29,12 @@ class TransformersEngine:
         self.parameters = dict(self.model.named_parameters())
         self.queue: deque[Request] = deque()
         self.policy_version = 0
+        self.dtype = "float32"
 
-    def connect(self, description: dict) -> None:
-        self.receiver = SharedMemoryReceiver(**description)
+    def connect(self, description: dict, engine: str, first_index: int, aliases: list[str]) -> list[str]:
+        self.receiver = make_receiver(description, engine, first_index, self.device)
+        self.names = [slot.name for slot in self.receiver.slots] + aliases
+        return []
 
     def add(self, request: Request) -> None:
         self.queue.append(request)
@@ -97,10 +101,17 @@ class TransformersEngine:
         )
 
     @torch.no_grad()
-    def update_weights(self, version: int) -> None:
-        for name, tensor in self.receiver.parameters():
+    def log_probs(self, tokens: list[int]) -> np.ndarray:
+        row = torch.tensor([tokens], device=self.device)
+        return token_log_probs(self.model, row, 1, 1.0)[0][0, 1:].cpu().numpy()
+
+    @torch.no_grad()
+    def update_weights(self, version: int) -> Receipt:
+        for name, tensor in self.receiver.receive(version):
             self.parameters[name].copy_(tensor)
         self.policy_version = version
+        held = dict(self.model.named_parameters(remove_duplicate=False))  # tied ones under each of their names
+        return Receipt(version, self.receiver.arrived, {name: checksum(held[name]) for name in self.names}, {})
 
     def reseed(self, seed: int) -> None:
         torch.manual_seed(seed)

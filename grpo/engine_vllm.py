@@ -1,92 +1,26 @@
 """vLLM as an engine: one LLMEngine in the actor's own process, stepped by the actor.
 
-Weights come through vLLM's weight-transfer registry; `SharedMemoryTransfer` is registered there as `shared_memory` when
-vLLM imports this module for `WorkerExtension`.
+Weights come through vLLM's weight-transfer registry, see grpo/vllm_worker.py.
 """
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
-import torch
 from vllm import EngineArgs, SamplingParams
 from vllm.config import WeightTransferConfig
-from vllm.distributed.weight_transfer.base import (
-    WeightTransferEngine,
-    WeightTransferInitInfo,
-    WeightTransferUpdateInfo,
-)
-from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from grpo.inference import EngineSpec, Request
 from grpo.models import kv_cache_bytes, read_config
 from grpo.rollout import Completions
-from grpo.weight_sync import SharedMemoryReceiver
+from grpo.vllm_worker import TRANSFER, WorkerExtension, combine
+from grpo.weight_sync import Receipt
 
-TRANSFER = "shared_memory"
 MAX_BATCHED_TOKENS = 8192  # a step
+PROBE = "probe"  # a request id that no caller's integer can be
 CPU_BLOCK_SIZE = 32  # tokens; the smallest that vLLM has on a CPU, and short responses waste the least of it
-
-
-@dataclass
-class InitInfo(WeightTransferInitInfo):
-    path: str
-    num_bytes: int
-    slots: list[dict]
-
-
-@dataclass
-class UpdateInfo(WeightTransferUpdateInfo):
-    pass
-
-
-def refresh_tied_lm_head(model: torch.nn.Module) -> None:
-    """Repack the output layer from the embedding it shares.
-
-    On a CPU vLLM keeps a prepacked copy of lm_head's weight. Layerwise reloading never visits a tied lm_head, because
-    the checkpoint has no tensor of that name, so without this the old output layer stays in use and nothing says so.
-    """
-    lm_head = getattr(model, "lm_head", None)
-    if hasattr(lm_head, "cpu_linear"):
-        lm_head.quant_method.process_weights_after_loading(lm_head)
-
-
-class SharedMemoryTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
-    """vLLM's side of a push on one host."""
-
-    init_info_cls = InitInfo
-    update_info_cls = UpdateInfo
-
-    def init_transfer_engine(self, init_info: InitInfo) -> None:
-        self.receiver = SharedMemoryReceiver(init_info.path, init_info.num_bytes, init_info.slots)
-
-    def start_weight_update(self) -> None:
-        initialize_layerwise_reload(self.model)
-
-    def receive_weights(self, update_info: UpdateInfo) -> None:
-        with torch.no_grad():
-            self.model.load_weights(self.receiver.parameters())
-
-    def finish_weight_update(self) -> None:
-        finalize_layerwise_reload(self.model, self.model_config)
-        refresh_tied_lm_head(self.model)
-
-    def shutdown(self) -> None:
-        pass
-
-
-class WorkerExtension:
-    """Mixed into every vLLM worker; naming it makes vLLM import this module there."""
-
-    def reseed(self, seed: int) -> None:
-        torch.manual_seed(seed)
-
-
-if TRANSFER not in WeightTransferEngineFactory._registry:
-    WeightTransferEngineFactory.register_engine(TRANSFER, SharedMemoryTransfer)
 
 
 def cpu_cache_bytes(spec: EngineSpec) -> int:
@@ -117,19 +51,26 @@ class VLLMEngine:
                 async_scheduling=False,  # a step that is still in flight would straddle a push
                 # Log-probs are those of the distribution that is sampled from; with top_p it is the whole one.
                 logprobs_mode="processed_logprobs" if spec.top_p == 1 else "raw_logprobs",
-                distributed_executor_backend="uni",
+                tensor_parallel_size=spec.tensor_parallel_size,
+                distributed_executor_backend="uni" if spec.tensor_parallel_size == 1 else "mp",
                 disable_log_stats=True,
                 worker_extension_cls=f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
                 weight_transfer_config=WeightTransferConfig(backend=TRANSFER),
                 **memory,
             )
         )
+        self.dtype = str(self.engine.model_config.dtype).removeprefix("torch.")
         self.policy_version = 0
+        self.ahead: list[Completions] = []  # finished while a probe was answered
         self.first_version: dict[int, int] = {}
         self.pushes: dict[tuple[int, int], list[tuple[int, int]]] = {}
 
-    def connect(self, description: dict) -> None:
-        self.engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": description})
+    def connect(self, description: dict, engine: str, first_index: int, aliases: list[str]) -> list[str]:
+        init_info = {"description": description, "engine": engine, "first_index": first_index}
+        self.engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": init_info})
+        self.aliases = aliases
+        _, projections = combine([telling for _, telling in self.engine.collective_rpc("held", args=(aliases,))])
+        return list(projections)
 
     def add(self, request: Request) -> None:
         sampling = request.sampling
@@ -150,11 +91,16 @@ class VLLMEngine:
         )
 
     def has_work(self) -> bool:
-        return self.engine.has_unfinished_requests()
+        return self.engine.has_unfinished_requests() or bool(self.ahead)
 
     def step(self) -> Completions | None:
+        if self.ahead:
+            return self.ahead.pop(0)
+        return self._completions(self.engine.step())
+
+    def _completions(self, results: list[RequestOutput]) -> Completions | None:
         ids, outputs = [], []
-        for result in self.engine.step():
+        for result in results:
             ids += [int(result.request_id)] * len(result.outputs)
             outputs += result.outputs
         if not outputs:
@@ -179,14 +125,36 @@ class VLLMEngine:
             versions[sampled_before:] = version
         return versions
 
-    def update_weights(self, version: int) -> None:
+    def log_probs(self, tokens: list[int]) -> np.ndarray:
+        self.engine.add_request(
+            PROBE,
+            {"prompt_token_ids": tokens},
+            SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False),
+        )
+        while True:
+            results = self.engine.step()
+            probes = [result for result in results if result.request_id == PROBE and result.finished]
+            others = [result for result in results if result.request_id != PROBE]
+            if (completions := self._completions(others)) is not None:
+                self.ahead.append(completions)
+            if probes:
+                found = zip(tokens[1:], probes[0].prompt_logprobs[1:], strict=True)
+                return np.array([position[token].logprob for token, position in found])
+
+    def update_weights(self, version: int) -> Receipt:
         for call, arguments in (
             ("start_weight_update", {}),
-            ("update_weights", {"update_info": {}}),
+            ("update_weights", {"update_info": {"version": version}}),
             ("finish_weight_update", {}),
         ):
             self.engine.collective_rpc(call, kwargs=arguments)
         self.engine.set_weight_version(str(version))
+        self._adopt(version)
+        workers = self.engine.collective_rpc("held", args=(self.aliases,))
+        return Receipt(self.policy_version, workers[0][0], *combine([telling for _, telling in workers]))
+
+    def _adopt(self, version: int) -> None:
+        """What is sampled from now on belongs to `version`, in running requests too."""
         running = self.engine.engine_core.engine_core.scheduler.requests
         for internal_id, request in running.items():
             state = self.engine.output_processor.request_states[internal_id]

@@ -25,6 +25,10 @@ class TrainingError(UserError):
     """An optimiser step that would have destroyed the weights."""
 
 
+class PushError(UserError):
+    """A weight push after which an engine does not hold what the trainer sent."""
+
+
 class ActorError(UserError):
     """An actor that died, or did not answer by its deadline."""
 

@@ -15,7 +15,10 @@ import os
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from grpo.rollout import Completions
+from grpo.weight_sync import Receipt
 
 
 @dataclass(frozen=True)
@@ -52,15 +55,21 @@ class EngineSpec:
     top_p: float
     gpu_memory_utilization: float
     enforce_eager: bool
+    tensor_parallel_size: int = 1
 
 
 class Engine(Protocol):
     """Samples responses one step at a time; weights may change between two steps."""
 
     policy_version: int
+    dtype: str  # of its weights, as torch names it
 
-    def connect(self, description: dict) -> None:
-        """Map the trainer's weights (`SharedMemorySender.description`)."""
+    def connect(self, description: dict, engine: str, first_index: int, aliases: list[str]) -> list[str]:
+        """Take part in the trainer's pushes (`Sender.description`) as receiver `first_index` and following.
+
+        `engine` is its name in errors, `aliases` the further names of tied weights. Returns the names that it can only
+        tell a projection of.
+        """
 
     def add(self, request: Request) -> None:
         """Queue a request."""
@@ -71,8 +80,11 @@ class Engine(Protocol):
     def step(self) -> Completions | None:
         """Advance, and return the requests that finished, each with all its responses."""
 
-    def update_weights(self, version: int) -> None:
-        """Load what the trainer last wrote; running requests go on under the new weights."""
+    def update_weights(self, version: int) -> Receipt:
+        """Receive and load push `version`, then tell what is held; running requests go on under the new weights."""
+
+    def log_probs(self, tokens: list[int]) -> np.ndarray:
+        """Log-probs [T - 1] of all tokens but the first, in nats at temperature 1, under the current weights."""
 
     def reseed(self, seed: int) -> None:
         """Make what is sampled next depend on `seed` and the requests alone."""
@@ -104,8 +116,11 @@ class InferenceActor:
         self.engine = make_engine(self.spec)
         return os.getpid()
 
-    async def connect(self, description: dict) -> None:
-        self.engine.connect(description)
+    async def weights_dtype(self) -> str:
+        return self.engine.dtype
+
+    async def connect(self, description: dict, engine: str, first_index: int, aliases: list[str]) -> list[str]:
+        return self.engine.connect(description, engine, first_index, aliases)
 
     async def exchange(self, requests: list[Request], at_least: int, seed: int | None = None) -> Completions:
         """Queue `requests`; return the responses finished since the last call, once there are `at_least` of them.
@@ -139,7 +154,10 @@ class InferenceActor:
                 self.changed.set()
             await asyncio.sleep(0)  # let exchange and update_weights in
 
-    async def update_weights(self, version: int) -> int:
-        """Load what the trainer last wrote and return the version that the engine now has."""
-        self.engine.update_weights(version)
-        return self.engine.policy_version
+    async def update_weights(self, version: int) -> Receipt:
+        """Receive push `version` and acknowledge it once it was applied."""
+        return self.engine.update_weights(version)
+
+    async def log_probs(self, tokens: list[int]) -> np.ndarray:
+        """Log-probs [T - 1] of all tokens but the first under the current weights."""
+        return self.engine.log_probs(tokens)

@@ -54,6 +54,7 @@ METRICS = {
     "train/skipped_updates": "1 where every advantage was 0 and the weights stayed",
     "buffer/staleness_max": "policy versions between sampling and training, the largest",
     "buffer/staleness_mean": "the same, mean over rollouts",
+    "sync/probe_difference": "mean |trainer - engine| log-prob of a probe text after a push, the largest engine's, nats",
     "eval/accuracy": "greedy accuracy on the validation split",
     "time/generate_s": "sampling responses",
     "time/reward_s": "grading them",

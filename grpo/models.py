@@ -152,6 +152,11 @@ def full_parameters(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]
         yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def tied_names(model: PreTrainedModel) -> dict[str, str]:
+    """Further names of parameters that appear twice in the model, by the name that `full_parameters` has for them."""
+    return dict(model.all_tied_weights_keys) if model.config.tie_word_embeddings else {}
+
+
 def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
     """Write the whole model in transformers format from rank 0. A collective."""
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

@@ -27,6 +27,7 @@ class Plan:
     roles: dict[str, int]  # processes a role
     gpus_per_process: float  # below 1 where several share one
     threads: int  # a process
+    transport: str  # of weight pushes
     parameters: int
     memory_bytes: dict[str, int]  # estimate a role, weights, optimiser and key-value cache; activations come on top
 
@@ -46,6 +47,9 @@ class Plan:
             f"memory            about {self.total_memory_bytes / gib:.2f} GiB for "
             f"{self.parameters / 1e6:.1f} million parameters, activations not counted",
             f"threads           {self.threads} a process",
+            f"weight pushes     {self.transport}, probed every {config.train.probe_frequency}"
+            if config.train.probe_frequency
+            else f"weight pushes     {self.transport}, never probed",
             f"collections       {config.num_collections} of {config.train.dialog_turns_per_batch} responses "
             f"({config.train.dialog_turns_per_batch // config.env.repeats} prompts x {config.env.repeats})",
             f"optimiser steps   {config.num_steps} of {config.train.optim_batch_size} responses in "
@@ -104,7 +108,20 @@ def make_plan(config: RunConfig) -> Plan:
     }
     memory = {role: memory[role] for role in roles}
     gpus = torch.cuda.device_count() if device == "cuda" else 0
-    sharing = -(-sum(roles.values()) // gpus) if gpus else 0  # processes on the fullest GPU
+    tensor_parallel = config.inference_model.tensor_parallel_size
+    for key in ("num_attention_heads", "num_key_value_heads"):
+        heads = getattr(model, key, tensor_parallel)
+        if heads % tensor_parallel:
+            raise ConfigError(
+                f"inference_model.tensor_parallel_size ({tensor_parallel}) must divide the model's {key} ({heads})"
+            )
+    processes = sum(roles.values()) + roles["inference"] * (tensor_parallel - 1)
+    sharing = -(-processes // gpus) if gpus else 0  # processes on the fullest GPU
+    if gpus and tensor_parallel > 1 and sharing > 1:
+        raise ConfigError(
+            f"inference_model.tensor_parallel_size ({tensor_parallel}) needs a GPU for each of the run's {processes} "
+            f"processes, and this machine has {gpus}: lower it, or the num_devices"
+        )
     needed, there = sum(memory[role] * count for role, count in roles.items()), psutil.virtual_memory().available
     if device == "cpu" and needed > there:
         raise ConfigError(
@@ -112,6 +129,12 @@ def make_plan(config: RunConfig) -> Plan:
             "use a smaller model, or lower env.num_envs or inference_model.max_tokens"
         )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    busy = list(roles.values())
+    busy = [count * (tensor_parallel if role == "inference" else 1) for role, count in roles.items()]
     at_once = max(busy) if config.train.sync_iter else sum(busy)  # then engines sample while trainers optimise
-    return Plan(device, roles, 1 / sharing if sharing else 0.0, max(1, cores // at_once), parameters, memory)
+    transport = config.train.weight_transport
+    if transport == "auto":
+        transport = "nccl" if sharing == 1 and config.inference_model.backend == "vllm" else "shared_memory"
+    if transport == "nccl" and sharing != 1:
+        raise ConfigError("train.weight_transport (nccl) needs a GPU of its own for each process: use shared_memory")
+    threads = max(1, cores // at_once)
+    return Plan(device, roles, 1 / sharing if sharing else 0.0, threads, transport, parameters, memory)

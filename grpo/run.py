@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tensordict import TensorDict
@@ -25,7 +25,7 @@ from grpo.errors import ActorError
 from grpo.evaluate import accuracy
 from grpo.metrics import Clock, RunLog, rollout_metrics
 from grpo.plot import plot_run
-from grpo.pools import EnginePool, TrainerPool
+from grpo.pools import EnginePool, TrainerPool, WeightPush
 from grpo.tasks import EncodedProblems, Task
 
 
@@ -40,6 +40,7 @@ class Run:
     data: dict[str, EncodedProblems]  # by split
     trainer: TrainerPool
     engines: EnginePool
+    push: WeightPush
     collector: GroupCollector
     replay_buffer: ReplayBuffer
     background: ThreadPoolExecutor
@@ -48,6 +49,7 @@ class Run:
     num_steps: int = 0
     samples_trained: int = 0
     policy_version: int = 0
+    probe: list[int] = field(default_factory=list)  # tokens of a response that was trained on
     ahead: Future | None = None
     started_s: float = 0.0  # `_training_clock` when the loop began,
     stepped_s: float = 0.0  # and at the last step
@@ -82,6 +84,7 @@ class Run:
         with self.clock.phase("train"):
             metrics, log_probs = self.trainer.step(batch.exclude("records"), self.num_steps + 1, with_log_probs)
         self.num_steps += 1
+        self.probe = batch["tokens"][0, : int(batch["prompt_length"][0] + batch["response_length"][0])].tolist()
         self.samples_trained += len(batch)
         metrics |= rollout_metrics(batch, self.policy_version) | self.clock.take()
         last, self.stepped_s = self.stepped_s, self._training_clock()
@@ -96,9 +99,10 @@ class Run:
             self._wait_for_collection()  # a collection is sampled under one version
         with self.clock.phase("push"):
             self.policy_version += 1
-            self.trainer.publish(self.policy_version)
-            self.engines.update_weights(self.policy_version)
+            self.push(self.policy_version)
         metrics = self.clock.take()
+        if self.config.train.probe_frequency and self.policy_version % self.config.train.probe_frequency == 0:
+            metrics["sync/probe_difference"] = self.push.probe(self.policy_version, self.probe)
         frequency, before = self.config.train.eval_frequency, self.num_steps - self.config.steps_per_collection
         if frequency and self.num_steps // frequency > before // frequency:
             metrics["eval/accuracy"] = self.evaluate("validation")["accuracy"]

@@ -10,6 +10,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import ray
 import torch
 import torch.distributed as dist
@@ -19,10 +20,19 @@ from torch.distributed.tensor import DTensor
 
 from grpo.config import ObjectiveConfig, OptimizerConfig, TrainConfig
 from grpo.errors import TrainingError
-from grpo.models import export, full_parameters, load_model, load_tokenizer, shard, token_log_probs
+from grpo.models import (
+    export,
+    full_parameters,
+    load_model,
+    load_tokenizer,
+    shard,
+    tied_names,
+    token_log_probs,
+)
 from grpo.objectives.grpo import grpo_loss, summarise
 from grpo.rollout import trim
-from grpo.weight_sync import SharedMemorySender
+from grpo.transports import make_sender
+from grpo.weight_sync import Sent
 
 OPTIMIZERS = {
     "adamw": lambda p, c: torch.optim.AdamW(p, lr=c.lr, weight_decay=c.weight_decay, betas=c.betas),
@@ -81,14 +91,32 @@ class TrainerActor:
         )
         return os.getpid()
 
-    def weights_description(self) -> dict:
-        """Allocate what `publish` writes to; returns what engines need to map it."""
-        self.sender = SharedMemorySender(self.model.named_parameters())
-        return self.sender.description()
+    def open_pushes(
+        self, transport: str, dtype: str, num_receivers: int, timeout_s: float
+    ) -> tuple[dict, dict[str, str], str]:
+        """On rank 0: prepare pushes to `num_receivers` engine processes.
 
-    def weights_mapped(self) -> None:
-        """Every engine has mapped the weights."""
-        self.sender.unlink()
+        Returns what they need to take part, the further names of tied weights by the name that they are sent under, and
+        the dtype that this rank computes in.
+        """
+        parameters = list(self.model.named_parameters())
+        host = ray.util.get_node_ip_address()
+        self.sender = make_sender(transport, host, parameters, dtype, num_receivers, timeout_s)
+        return self.sender.description(), tied_names(self.model), "float32"
+
+    def join_pushes(self) -> None:
+        """Wait until every engine takes part."""
+        self.sender.join()
+
+    def project(self, names: list[str]) -> None:
+        """Send projections of these tensors along: some engine holds them in a form that cannot be read."""
+        self.sender.projected = set(names)
+
+    def probe(self, tokens: list[int]) -> np.ndarray:
+        """Log-probs [T - 1] of all tokens but the first, in nats at temperature 1. A collective."""
+        row = torch.tensor([tokens], device=self.device)
+        with torch.no_grad():
+            return token_log_probs(self.model, row, 1, 1.0)[0][0, 1:].cpu().numpy()
 
     def step(
         self, batch: TensorDict, num_micro_batches: int, update: bool, responses: int, with_log_probs: bool
@@ -152,13 +180,13 @@ class TrainerActor:
         self.optimizer.zero_grad()
         return norm
 
-    def publish(self) -> None:
-        """Gather the current weights on every rank; rank 0 writes them where the engines read them."""
+    def push(self, version: int) -> Sent | None:
+        """Gather the current weights on every rank; rank 0 sends them to the engines and says what it sent."""
         if dist.get_rank() == 0:
-            self.sender.write(full_parameters(self.model))
-        else:
-            for _ in full_parameters(self.model):
-                pass
+            return self.sender.send(version, full_parameters(self.model))
+        for _ in full_parameters(self.model):
+            pass
+        return None
 
     def export(self, path: Path) -> None:
         """Write the model and its tokenizer in transformers format."""

@@ -1,97 +1,197 @@
-"""Versioned weight pushes: the trainer packs its parameters, engines load them between two engine steps.
+"""Versioned weight pushes with proof: the trainer sends its parameters, engines load them and say what they now hold.
 
-Transport here is shared memory on one host. The trainer owns a segment laid out as `Layout` says and writes the whole
-model into it; an engine maps the same segment and loads from it. The segment's name lives only until every engine has
-mapped it, so that a run that is killed later leaves nothing behind.
+A transport moves the parameters in the order of one layout, a tensor at a time, so that sending and loading overlap:
 
-    trainer: write ──> segment ──> engine: load, take the new version
-             the driver orders the two calls, so nobody writes while an engine reads
+    training rank 0   send:    tensor 0 ── tensor 1 ── tensor 2 ── ...        each with its checksum, made before it leaves
+                                   ╲           ╲           ╲
+    each engine       receive:   tensor 0 ── tensor 1 ── tensor 2 ── ...      checksum on arrival, load, then what is held
+
+How one tensor travels is the transports' business, see grpo/transports.py. `verify` compares what was sent with an
+engine's receipt. What an engine holds is read from the parameters that it computes with; where it keeps a weight W only in
+a packed form that cannot be read, it answers with the projection W x on a fixed x, and the trainer computes the same.
+
+A checksum is the sum of a tensor's 64-bit words modulo 2^64: any one flipped bit changes it, and it is additive, so slices
+and shards of a tensor can be compared with the whole.
 """
 
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 
-from grpo.errors import UserError
+from grpo.errors import PushError
 
-SHARED_MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()
 ALIGNMENT = 64  # bytes; a cache line
+WORD = 8  # bytes
+PROJECTION_TOLERANCE = 1e-5  # of the projection's norm: float32 rounding of a matrix-vector product stays 10 times below
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one parameter lies in the segment."""
+    """Where one parameter lies in the bytes of a push."""
 
     name: str
     shape: tuple[int, ...]
-    dtype: str
     offset: int
     num_bytes: int
 
 
-def make_layout(parameters: Iterable[tuple[str, torch.Tensor]]) -> list[Slot]:
-    """A slot for each parameter, in order, each aligned."""
-    slots, offset = [], 0
+@dataclass
+class Sent:
+    """What the trainer sent: a checksum a tensor, and projections of those that an engine cannot show otherwise."""
+
+    version: int
+    checksums: dict[str, int]
+    projections: dict[str, np.ndarray]
+
+
+@dataclass
+class Receipt:
+    """An engine's acknowledgement of `version`, made after it was applied.
+
+    `arrived` are checksums of what came in. `checksums` and `projections` are of what the engine now computes with, by
+    the names that the trainer uses; tied weights appear under each of their names.
+    """
+
+    version: int
+    arrived: dict[str, int]
+    checksums: dict[str, int]
+    projections: dict[str, np.ndarray]
+
+
+def checksum(tensor: torch.Tensor) -> int:
+    """Sum of the tensor's 64-bit words modulo 2^64, as a signed integer; its bytes are padded with zeros to whole words."""
+    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    whole = len(data) // WORD * WORD
+    words = data[:whole]
+    if words.data_ptr() % WORD:
+        words = words.clone()
+    total = int(words.view(torch.int64).sum())
+    if whole < len(data):
+        total += int(torch.nn.functional.pad(data[whole:], (0, WORD - (len(data) - whole))).view(torch.int64))
+    return (total + 2**63) % 2**64 - 2**63
+
+
+def probe_vector(size: int) -> torch.Tensor:
+    """The fixed x, float32 [size], of a projection; any slice of it is the same wherever it is made."""
+    return torch.sin(torch.arange(1, size + 1, dtype=torch.float64) * 12.9898).float()
+
+
+def make_layout(parameters: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, first: int = 0) -> list[Slot]:
+    """A slot for each parameter once it has `dtype`, in order, each aligned, from byte `first` on."""
+    slots, offset = [], -(-first // ALIGNMENT) * ALIGNMENT
     for name, tensor in parameters:
-        num_bytes = tensor.numel() * tensor.element_size()
-        slots.append(Slot(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), offset, num_bytes))
+        num_bytes = tensor.numel() * dtype.itemsize
+        slots.append(Slot(name, tuple(tensor.shape), offset, num_bytes))
         offset += -(-num_bytes // ALIGNMENT) * ALIGNMENT
     return slots
 
 
-def views(segment: torch.Tensor, slots: Iterable[Slot]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The parameters inside `segment` (uint8 [N]) as tensors that share its memory."""
-    for slot in slots:
-        flat = segment[slot.offset : slot.offset + slot.num_bytes]
-        yield slot.name, flat.view(getattr(torch, slot.dtype)).view(slot.shape)
+def view(data: torch.Tensor, slot: Slot, dtype: torch.dtype, first: int = 0) -> torch.Tensor:
+    """The parameter at `slot` inside `data` (uint8 [N], which starts at byte `first` of the layout), sharing its memory."""
+    return data[slot.offset - first : slot.offset - first + slot.num_bytes].view(dtype).view(slot.shape)
 
 
-class SharedMemorySender:
-    """The trainer's end."""
+class Sender:
+    """The trainer's end of a transport. Subclasses say how one tensor goes out."""
 
-    def __init__(self, parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Allocate a segment for `parameters`, of which only names, shapes and dtypes are read."""
-        self.slots = make_layout(parameters)
-        num_bytes = self.slots[-1].offset + self.slots[-1].num_bytes
-        free = shutil.disk_usage(SHARED_MEMORY).free
-        if free < num_bytes:
-            raise UserError(
-                f"{SHARED_MEMORY} has {free / 2**20:.0f} MiB free and a weight push needs {num_bytes / 2**20:.0f} MiB: "
-                "give the container or machine more shared memory"
-            )
-        descriptor, self.path = tempfile.mkstemp(prefix="grpo-weights-", dir=SHARED_MEMORY)
-        os.truncate(descriptor, num_bytes)
-        if hasattr(os, "posix_fallocate"):  # not on macOS
-            os.posix_fallocate(descriptor, 0, num_bytes)
-        os.close(descriptor)
-        self.segment = torch.from_file(self.path, shared=True, size=num_bytes, dtype=torch.uint8)
+    transport: str
+
+    def __init__(self, parameters: list[tuple[str, torch.Tensor]], dtype: str, num_receivers: int, timeout_s: float) -> None:
+        """`parameters` give names and shapes; they are sent as `dtype`, the engines' own, to `num_receivers` processes."""
+        self.dtype = getattr(torch, dtype)
+        self.num_receivers, self.timeout_s = num_receivers, timeout_s
+        self.slots = make_layout(parameters, self.dtype, first=self._header_bytes(len(parameters)))
+        self.projected: set[str] = set()  # names of which engines hold a packed form only
+
+    def _header_bytes(self, num_parameters: int) -> int:
+        return 0
 
     def description(self) -> dict:
-        """What an engine needs to map the segment: the `init_info` of vLLM's weight-transfer interface."""
-        return {"path": self.path, "num_bytes": len(self.segment), "slots": [asdict(slot) for slot in self.slots]}
+        """What a receiver needs to take part, as plain values."""
+        return {
+            "transport": self.transport,
+            "slots": [asdict(slot) for slot in self.slots],
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "num_receivers": self.num_receivers,
+            "timeout_s": self.timeout_s,
+        }
 
-    def write(self, parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Copy every parameter into its slot; the names must come in the layout's order."""
-        for (name, tensor), (expected, target) in zip(parameters, views(self.segment, self.slots), strict=True):
-            assert name == expected, f"parameter {name} where the layout has {expected}"
-            target.copy_(tensor)
+    def join(self) -> None:
+        """Wait until every receiver takes part."""
+        raise NotImplementedError
 
-    def unlink(self) -> None:
-        """Remove the segment's name; the mappings stay."""
-        os.unlink(self.path)
+    def send(self, version: int, parameters: Iterable[tuple[str, torch.Tensor]]) -> Sent:
+        """Send every parameter, in the layout's order."""
+        sent = Sent(version, {}, {})
+        self._begin(version)
+        for index, ((name, tensor), slot) in enumerate(zip(parameters, self.slots, strict=True)):
+            assert name == slot.name, f"parameter {name} where the layout has {slot.name}"
+            tensor = tensor.to(self.dtype)
+            sent.checksums[name] = checksum(tensor)
+            if name in self.projected:
+                sent.projections[name] = (tensor.float() @ probe_vector(tensor.shape[-1]).to(tensor.device)).cpu().numpy()
+            self._put(version, index, tensor)
+        self._end(version)
+        return sent
+
+    def _begin(self, version: int) -> None:
+        pass
+
+    def _put(self, version: int, index: int, tensor: torch.Tensor) -> None:
+        raise NotImplementedError
+
+    def _end(self, version: int) -> None:
+        raise NotImplementedError
 
 
-class SharedMemoryReceiver:
-    """An engine's end: what both backends load from."""
+class Receiver:
+    """An engine's end of a transport; both backends load from it."""
 
-    def __init__(self, path: str, num_bytes: int, slots: list[dict]) -> None:
-        self.slots = [Slot(**slot) for slot in slots]
-        self.segment = torch.from_file(path, shared=True, size=num_bytes, dtype=torch.uint8)
+    def __init__(self, description: dict, engine: str, index: int, device: torch.device) -> None:
+        """Take part as receiver `index` of the sender's `description`; `engine` is the name that errors use."""
+        self.slots = [Slot(**slot) for slot in description["slots"]]
+        self.dtype = getattr(torch, description["dtype"])
+        self.timeout_s = description["timeout_s"]
+        self.engine, self.device = engine, device
+        self.arrived: dict[str, int] = {}
 
-    def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """What the trainer last wrote."""
-        return views(self.segment, self.slots)
+    def receive(self, version: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """The parameters of `version` as they come in; `arrived` has their checksums afterwards.
+
+        Raises PushError for a tensor that does not come, and for another version's.
+        """
+        self.arrived = {}
+        for slot, tensor in self._take(version):
+            self.arrived[slot.name] = checksum(tensor)
+            yield slot.name, tensor
+
+    def _take(self, version: int) -> Iterator[tuple[Slot, torch.Tensor]]:
+        raise NotImplementedError
+
+
+def verify(sent: Sent, receipt: Receipt, engine: str, aliases: dict[str, str]) -> None:
+    """Raise PushError unless `engine` holds what was sent. `aliases`: tied names, by the name that they are sent under."""
+    about = f"{engine}, version {sent.version}"
+    if receipt.version != sent.version:
+        raise PushError(f"{about}: it acknowledged version {receipt.version}")
+    for name, expected in sent.checksums.items():
+        if name not in receipt.arrived:
+            raise PushError(f"{about}: tensor {name} was never received")
+        if receipt.arrived[name] != expected:
+            raise PushError(
+                f"{about}: tensor {name} was changed on its way (checksum {receipt.arrived[name]:x}, sent {expected:x})"
+            )
+    for name in [*sent.checksums, *aliases]:
+        source = aliases.get(name, name)
+        if name in receipt.checksums:
+            held = receipt.checksums[name] == sent.checksums[source]
+        elif name in receipt.projections:
+            expected, actual = sent.projections[source], receipt.projections[name]
+            actual = actual[: len(expected)]  # vLLM pads its vocabulary
+            held = np.linalg.norm(actual - expected) <= PROJECTION_TOLERANCE * np.linalg.norm(expected)
+        else:
+            raise PushError(f"{about}: it does not say what it holds of tensor {name}")
+        if not held:
+            raise PushError(f"{about}: tensor {name} arrived but is not what the engine computes with")

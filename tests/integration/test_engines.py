@@ -10,23 +10,26 @@ import torch
 
 from grpo import tasks
 from grpo.config import EnvConfig
+from grpo.errors import PushError
 from grpo.inference import EngineSpec, InferenceActor, Request, Sampling
 from grpo.models import full_parameters, load_model, load_tokenizer, score
 from grpo.rollout import Completions, pack
-from grpo.weight_sync import SharedMemorySender
+from grpo.transports import SharedMemorySender
+from grpo.weight_sync import Receipt, Sent, verify
 from grpo_utils import engine_environment
 
 TIMEOUT_S = 120
 MAX_TOKENS = 24
+TIED = {"lm_head.weight": "model.embed_tokens.weight"}
 
 
 class UncuredActor(InferenceActor):
     """vLLM as it would be without the cure for the tied output layer."""
 
     async def start(self) -> int:
-        import grpo.engine_vllm
+        import grpo.vllm_worker
 
-        grpo.engine_vllm.refresh_tied_lm_head = lambda model: None
+        grpo.vllm_worker.refresh_tied_lm_head = lambda model: None
         return await super().start()
 
 
@@ -95,12 +98,17 @@ def moved(model_path: str, seed: int = 0) -> torch.nn.Module:
     return model
 
 
-def push(actor, model: torch.nn.Module, version: int) -> int:
-    sender = SharedMemorySender(full_parameters(model))
-    ray.get(actor.connect.remote(sender.description()), timeout=TIMEOUT_S)
-    sender.unlink()
-    sender.write(full_parameters(model))
-    return ray.get(actor.update_weights.remote(version), timeout=TIMEOUT_S)
+def connect(actor, model: torch.nn.Module) -> SharedMemorySender:
+    sender = SharedMemorySender(list(full_parameters(model)), "float32", 1, TIMEOUT_S)
+    packed = ray.get(actor.connect.remote(sender.description(), "the engine", 0, list(TIED)), timeout=TIMEOUT_S)
+    sender.projected = {TIED.get(name, name) for name in packed}
+    sender.join()
+    return sender
+
+
+def push(actor, model: torch.nn.Module, version: int) -> tuple[Sent, Receipt]:
+    sent = connect(actor, model).send(version, full_parameters(model))
+    return sent, ray.get(actor.update_weights.remote(version), timeout=TIMEOUT_S)
 
 
 def sample(actor, prompts: list[list[int]], num_responses: int = 4, seed: int = 5, temperature: float = 1.0) -> Completions:
@@ -121,7 +129,9 @@ def test_a_push_changes_what_the_engine_computes_to_the_pushed_weights(engine, m
     _, actor = engine
     for version in (1, 2):
         model = moved(model_path, seed=version)
-        assert push(actor, model, version) == version
+        sent, receipt = push(actor, model, version)
+        assert receipt.version == version
+        verify(sent, receipt, "the engine", TIED)
         completions = sample(actor, prompts)
         assert worst_difference(model, prompts, completions) < 1e-4
         assert worst_difference(moved(model_path, seed=99), prompts, completions) > 0.1
@@ -131,7 +141,10 @@ def test_a_push_changes_what_the_engine_computes_to_the_pushed_weights(engine, m
 def test_the_tied_output_layer_goes_stale_without_the_cure(cluster, model_path, prompts):
     actor = start(model_path, "vllm", UncuredActor)
     model = moved(model_path)
-    assert push(actor, model, 1) == 1  # vLLM says all is well
+    sent, receipt = push(actor, model, 1)
+    assert receipt.version == 1  # vLLM says all is well
+    with pytest.raises(PushError, match=r"^the engine, version 1: tensor lm_head.weight arrived but is not what"):
+        verify(sent, receipt, "the engine", TIED)
     assert worst_difference(model, prompts, sample(actor, prompts)) > 0.1
     ray.kill(actor)
 
@@ -176,11 +189,8 @@ def test_weights_change_between_two_steps_and_each_token_knows_its_version(clust
     """A push while requests run: all go on to their end, and tokens after it are the new weights'."""
     actor = start(model_path, "vllm", PushingActor, max_concurrent=16)  # a quarter at a time: some start after the push
     start_model = load_model(model_path, torch.device("cpu"))
-    sender = SharedMemorySender(full_parameters(start_model))
-    ray.get(actor.connect.remote(sender.description()), timeout=TIMEOUT_S)
-    sender.unlink()
     model = moved(model_path)
-    sender.write(full_parameters(model))
+    connect(actor, start_model).send(1, full_parameters(model))
     sampling = Sampling(4, MAX_TOKENS, 1.0)
     requests = [Request(i, prompt, sampling) for i, prompt in enumerate(prompts)]
     call = actor.exchange_with_push.remote(requests, steps=30, version=1)

@@ -8,6 +8,7 @@ import pytest
 from grpo import inference
 from grpo.inference import InferenceActor, Request, Sampling
 from grpo.rollout import Completions
+from grpo.weight_sync import Receipt
 
 
 class Counting:
@@ -37,8 +38,9 @@ class Counting:
             np.full(n * size, self.policy_version, dtype=np.int32),
         )
 
-    def update_weights(self, version: int) -> None:
+    def update_weights(self, version: int) -> Receipt:
         self.policy_version = version
+        return Receipt(version, {}, {}, {})
 
     def reseed(self, seed: int) -> None:
         self.seeds.append(seed)
@@ -84,7 +86,7 @@ def test_a_weight_update_falls_between_two_steps_and_answers_its_version(actor):
         running = asyncio.create_task(actor.exchange(requests(*range(6)), at_least=12))
         await asyncio.sleep(0)
         await asyncio.sleep(0)
-        assert await actor.update_weights(5) == 5
+        assert (await actor.update_weights(5)).version == 5
         assert set((await running).versions.tolist()) == {0, 5}
 
     asyncio.run(asyncio.wait_for(scenario(), 10))

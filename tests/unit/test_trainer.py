@@ -4,6 +4,7 @@ import math
 import os
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import ray
 import torch
@@ -15,7 +16,8 @@ from grpo.config import ObjectiveConfig, OptimizerConfig, TrainConfig
 from grpo.errors import TrainingError
 from grpo.models import full_parameters, load_model, token_log_probs
 from grpo.trainer import TrainerActor, TrainerSpec
-from grpo.weight_sync import SharedMemoryReceiver
+from grpo.transports import SharedMemoryReceiver
+from grpo.weight_sync import checksum, probe_vector
 
 from .conftest import CPU, ragged_rollouts
 
@@ -267,19 +269,27 @@ def test_a_reference_term_in_the_reward_is_not_in_the_loss_too_but_is_measured(m
     assert largest_difference(weights(trainer), in_reward) == 0
 
 
-def test_publish_writes_the_stepped_weights_to_the_shared_memory(make_trainer, batch):
+def test_a_push_sends_the_stepped_weights_and_says_what_it_sent(make_trainer, batch):
     trainer = make_trainer()
-    receiver = SharedMemoryReceiver(**trainer.weights_description())
-    trainer.weights_mapped()
+    description, tied, _ = trainer.open_pushes("shared_memory", "float32", 1, 5.0)
+    assert tied == {"lm_head.weight": "model.embed_tokens.weight"}
+    receiver = SharedMemoryReceiver(description, "the engine", 0, CPU)
+    trainer.join_pushes()
     assert not os.path.exists(trainer.sender.path)
     start = weights(trainer)
-    trainer.publish()
-    assert largest_difference(dict(receiver.parameters()), start) == 0
+    sent = trainer.push(1)
+    assert largest_difference(dict(receiver.receive(1)), start) == 0
+    assert receiver.arrived == sent.checksums == {name: checksum(tensor) for name, tensor in start.items()}
     trainer.step(batch)
-    assert largest_difference(dict(receiver.parameters()), start) == 0  # engines see a step only once it is published
-    trainer.publish()
-    assert largest_difference(dict(receiver.parameters()), weights(trainer)) == 0
+    assert largest_difference(dict(receiver.receive(1)), start) == 0  # engines see a step only once it is pushed
+    trainer.project(["model.layers.0.mlp.up_proj.weight"])
+    sent = trainer.push(2)
+    assert largest_difference(dict(receiver.receive(2)), weights(trainer)) == 0
     assert largest_difference(weights(trainer), start) > 1e-2
+    assert sent.version == 2
+    stepped = weights(trainer)["model.layers.0.mlp.up_proj.weight"]
+    expected = stepped @ probe_vector(stepped.shape[1])
+    assert np.allclose(sent.projections["model.layers.0.mlp.up_proj.weight"], expected)
 
 
 def test_the_exported_model_reloads_with_the_stepped_weights(make_trainer, batch, tmp_path):

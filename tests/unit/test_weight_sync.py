@@ -1,108 +1,135 @@
 import json
-import os
-from itertools import pairwise
-from pathlib import Path
+from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
 
-from grpo import weight_sync
-from grpo.errors import UserError
-from grpo.weight_sync import ALIGNMENT, SharedMemoryReceiver, SharedMemorySender, make_layout
+from grpo.errors import PushError
+from grpo.weight_sync import WORD, Receipt, Sent, checksum, make_layout, probe_vector, verify
 
 
-def parameters(seed: int) -> list[tuple[str, torch.Tensor]]:
-    """Mixed dtypes and sizes that fill no cache line evenly."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator)
-
-    return [
-        ("embed", draw(7, 5)),
-        ("norm", draw(3).to(torch.bfloat16)),
-        ("scale", draw()),
-        ("head", draw(1, 33).half()),
-        ("wide", draw(2, 3, 5).double()),
-        ("steps", torch.tensor([seed, 2**40, -1])),
-        ("last", draw(1)),
-    ]
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture
-def sender():
-    made = SharedMemorySender(parameters(0))
-    yield made
-    if os.path.exists(made.path):
-        made.unlink()
+def test_a_checksum_is_the_sum_of_the_64_bit_words_modulo_2_to_the_64():
+    assert checksum(torch.tensor([1, 2, 3])) == 6
+    assert checksum(torch.tensor([2**63 - 1, 1])) == -(2**63)
+    assert checksum(torch.tensor([1, 0, 5], dtype=torch.int32)) == 1 + 5  # the last half word is padded with zeros
+    assert checksum(torch.tensor(7, dtype=torch.uint8)) == 7
+    assert checksum(torch.zeros(0)) == 0
 
 
-def assert_received(receiver: SharedMemoryReceiver, expected: list[tuple[str, torch.Tensor]]) -> None:
-    received = list(receiver.parameters())
-    assert [name for name, _ in received] == [name for name, _ in expected]
-    for (name, tensor), (_, original) in zip(received, expected, strict=True):
-        assert tensor.dtype == original.dtype, name
-        assert torch.equal(tensor, original), name
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8])
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (7, 5), (2, 3, 5), (64, 33)])
+def test_any_flipped_bit_changes_a_checksum(dtype, shape):
+    tensor = (100 * draw(*shape)).to(dtype)
+    before = checksum(tensor)
+    data = tensor.reshape(-1).view(torch.uint8)
+    for byte in {0, len(data) // 2, len(data) - 1}:
+        for bit in (1, 16, 128):
+            data[byte] ^= bit
+            assert checksum(tensor) != before
+            data[byte] ^= bit
+    assert checksum(tensor) == before
 
 
-def test_what_is_written_is_received_bit_for_bit_in_every_dtype_and_size(sender):
-    receivers = [SharedMemoryReceiver(**sender.description()) for _ in range(2)]
-    for seed in (1, 2):
-        sender.write(parameters(seed))
-        for receiver in receivers:
-            assert_received(receiver, parameters(seed))
+def test_checksums_of_slices_and_shards_add_up_to_the_wholes():
+    tensor = draw(6, 8)
+    rows = sum(checksum(part) for part in tensor.split([1, 2, 3]))
+    columns = sum(checksum(part) for part in tensor.chunk(2, dim=1))
+    assert (rows - checksum(tensor)) % 2**64 == (columns - checksum(tensor)) % 2**64 == 0
+    assert checksum(tensor[1:]) == checksum(tensor[1:].clone())  # wherever its memory begins
+    assert checksum(draw(9)[1:]) == checksum(draw(9)[1:].clone())
+    assert checksum(tensor.T) == checksum(tensor.T.clone(memory_format=torch.contiguous_format))
 
 
-def test_the_description_survives_a_trip_as_json_as_vllm_makes_it(sender):
-    receiver = SharedMemoryReceiver(**json.loads(json.dumps(sender.description())))
-    sender.write(parameters(1))
-    assert_received(receiver, parameters(1))
+def test_slices_of_the_probe_vector_are_the_same_wherever_they_are_made():
+    assert torch.equal(probe_vector(10)[:4], probe_vector(4))
+    assert probe_vector(1000).abs().mean() > 0.5
 
 
 def test_slots_are_aligned_in_order_and_do_not_overlap():
-    slots = make_layout(parameters(0))
-    assert [slot.num_bytes for slot in slots] == [140, 6, 4, 66, 240, 24, 4]
-    assert [slot.offset for slot in slots] == [0, 192, 256, 320, 448, 704, 768]
-    for slot, following in pairwise(slots):
-        assert slot.offset % ALIGNMENT == following.offset % ALIGNMENT == 0
-        assert slot.offset + slot.num_bytes <= following.offset
+    parameters = [("a", draw(7, 5)), ("b", draw(3)), ("c", draw()), ("d", draw(2, 3, 5))]
+    slots = make_layout(parameters, torch.bfloat16, first=5 * WORD)
+    assert [slot.num_bytes for slot in slots] == [70, 6, 2, 60]
+    assert [slot.offset for slot in slots] == [64, 192, 256, 320]
+    assert [slot.name for slot in slots] == ["a", "b", "c", "d"]
 
 
-def test_writing_one_parameter_leaves_its_neighbours_alone(sender):
-    sender.write(parameters(1))
-    changed = [(name, torch.zeros_like(t) if name == "scale" else t) for name, t in parameters(1)]
-    sender.write(changed)
-    assert_received(SharedMemoryReceiver(**sender.description()), changed)
+@pytest.fixture
+def pushed() -> tuple[Sent, Receipt]:
+    """A push of a layer and an embedding, of which the engine tells the layer's projection and the tied output layer."""
+    layer, embedding = draw(6, 4), draw(5, 4, seed=1)
+    projections = {"layer": (layer @ probe_vector(4)).numpy(), "embedding": (embedding @ probe_vector(4)).numpy()}
+    checksums = {"layer": checksum(layer), "embedding": checksum(embedding)}
+    padded = np.concatenate([projections["embedding"], np.zeros(3, np.float32)])  # as vLLM pads its vocabulary
+    held = {"layer": projections["layer"] * np.float32(1 + 1e-7), "head": padded}
+    receipt = Receipt(7, dict(checksums), {"embedding": checksums["embedding"]}, held)
+    return Sent(7, checksums, projections), receipt
 
 
-def test_parameters_in_another_order_are_refused(sender):
-    first, second, *rest = parameters(1)
-    with pytest.raises(AssertionError, match="parameter norm where the layout has embed"):
-        sender.write([second, first, *rest])
+TIED = {"head": "embedding"}
 
 
-@pytest.mark.parametrize("change", [lambda p: p[:-1], lambda p: [*p, ("extra", torch.zeros(1))]])
-def test_too_few_or_too_many_parameters_are_refused(sender, change):
-    with pytest.raises(ValueError, match="zip"):
-        sender.write(change(parameters(1)))
+def test_a_receipt_of_what_was_sent_passes(pushed):
+    verify(*pushed, "engine 3", TIED)
 
 
-def test_after_unlink_the_mapping_works_and_no_file_is_left(sender):
-    receiver = SharedMemoryReceiver(**sender.description())
-    assert Path(sender.path).parent == Path(weight_sync.SHARED_MEMORY)
-    assert Path(sender.path).stat().st_size == 772
-    sender.unlink()
-    assert not os.path.exists(sender.path)
-    sender.write(parameters(5))
-    assert_received(receiver, parameters(5))
+def of(receipt: Receipt, field: str, name: str, value) -> Receipt:
+    changed = deepcopy(receipt)
+    if value is None:
+        del getattr(changed, field)[name]
+    else:
+        getattr(changed, field)[name] = value
+    return changed
 
 
-def test_a_model_that_shared_memory_has_no_room_for_is_an_error_that_names_it_and_leaves_no_file(monkeypatch, tmp_path):
-    monkeypatch.setattr(weight_sync, "SHARED_MEMORY", str(tmp_path))
-    with pytest.raises(UserError) as raised:
-        SharedMemorySender([("a", torch.empty(2**58, device="meta"))])
-    message = str(raised.value)
-    assert message.startswith(str(tmp_path))
-    assert f"{2**40} MiB" in message
-    assert "\n" not in message
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize(
+    ("field", "name", "value", "message"),
+    [
+        ("arrived", "layer", 5, "tensor layer was changed on its way (checksum 5, sent "),
+        ("arrived", "layer", None, "tensor layer was never received"),
+        ("checksums", "embedding", 5, "tensor embedding arrived but is not what the engine computes with"),
+        ("checksums", "embedding", None, "it does not say what it holds of tensor embedding"),
+        ("projections", "layer", np.ones(6, np.float32), "tensor layer arrived but is not what the engine computes with"),
+        ("projections", "layer", np.full(6, np.nan), "tensor layer arrived but is not what the engine computes with"),
+        ("projections", "head", np.ones(8, np.float32), "tensor head arrived but is not what the engine computes with"),
+        ("projections", "head", None, "it does not say what it holds of tensor head"),
+    ],
+)
+def test_a_receipt_of_anything_else_names_engine_version_and_tensor(pushed, field, name, value, message):
+    sent, receipt = pushed
+    with pytest.raises(PushError) as raised:
+        verify(sent, of(receipt, field, name, value), "engine 3", TIED)
+    assert str(raised.value).startswith(f"engine 3, version 7: {message}")
+
+
+def test_an_update_as_small_as_a_training_steps_shows_in_a_projection(pushed):
+    """Weights of 0.03 that every step moves by 1e-6, as Adam does at that learning rate."""
+    old = 0.03 * draw(512, 1024)
+    new = old + 1e-6 * draw(512, 1024, seed=1).sign()
+    x = probe_vector(1024)
+    sent = Sent(1, {"layer": 0}, {"layer": (new @ x).numpy()})
+    rounded = torch.stack([(new[:, i::8] * x[i::8]).sum(1) for i in range(8)]).sum(0)  # the same in another order
+    verify(sent, Receipt(1, {"layer": 0}, {}, {"layer": rounded.numpy()}), "engine", {})
+    with pytest.raises(PushError, match="tensor layer arrived but is not what"):
+        verify(sent, Receipt(1, {"layer": 0}, {}, {"layer": (old @ x).numpy()}), "engine", {})
+
+
+def test_an_engine_that_acknowledges_another_version_is_named(pushed):
+    sent, receipt = pushed
+    receipt.version = 6
+    with pytest.raises(PushError, match=r"^engine 3, version 7: it acknowledged version 6$"):
+        verify(sent, receipt, "engine 3", TIED)
+
+
+def test_what_an_engine_needs_to_take_part_survives_a_trip_as_json():
+    from grpo.transports import SharedMemoryReceiver, SharedMemorySender
+
+    sender = SharedMemorySender([("a", draw(3, 4)), ("b", draw(5))], "float32", 1, 5.0)
+    receiver = SharedMemoryReceiver(json.loads(json.dumps(sender.description())), "e", 0, torch.device("cpu"))
+    sender.join()
+    sender.send(1, [("a", draw(3, 4)), ("b", draw(5))])
+    assert torch.equal(dict(receiver.receive(1))["a"], draw(3, 4))

@@ -1,0 +1,162 @@
+"""What runs inside vLLM's workers: receiving a push, applying it, and telling what the worker then computes with.
+
+`Transfer` is registered with vLLM's weight-transfer interface as `grpo` when vLLM imports this module for `WorkerExtension`.
+With tensor parallelism every worker receives whole tensors and keeps its shard; `combine` puts the workers' tellings
+together.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from grpo.errors import PushError
+from grpo.transports import make_receiver
+from grpo.weight_sync import Slot, checksum, probe_vector
+
+TRANSFER = "grpo"
+
+
+@dataclass
+class InitInfo(WeightTransferInitInfo):
+    description: dict
+    engine: str
+    first_index: int  # of the engine's workers among the receivers
+
+
+@dataclass
+class UpdateInfo(WeightTransferUpdateInfo):
+    version: int
+
+
+def refresh_tied_lm_head(model: torch.nn.Module) -> None:
+    """Repack the output layer from the embedding it shares.
+
+    On a CPU vLLM keeps a prepacked copy of lm_head's weight. Layerwise reloading never visits a tied lm_head, because
+    the checkpoint has no tensor of that name, so without this the old output layer stays in use and nothing says so.
+    """
+    lm_head = getattr(model, "lm_head", None)
+    if hasattr(lm_head, "cpu_linear"):
+        lm_head.quant_method.process_weights_after_loading(lm_head)
+
+
+class Transfer(WeightTransferEngine[InitInfo, UpdateInfo]):
+    """vLLM's side of a push."""
+
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        index = init_info.first_index + get_tensor_model_parallel_rank()
+        self.receiver = make_receiver(init_info.description, init_info.engine, index, self.device)
+
+    def start_weight_update(self) -> None:
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        with torch.no_grad():
+            self.model.load_weights(self.receiver.receive(update_info.version))
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+        refresh_tied_lm_head(self.model)
+
+    def shutdown(self) -> None:
+        pass
+
+
+if TRANSFER not in WeightTransferEngineFactory._registry:
+    WeightTransferEngineFactory.register_engine(TRANSFER, Transfer)
+
+
+class WorkerExtension:
+    """Mixed into every vLLM worker; naming it makes vLLM import this module there."""
+
+    def reseed(self, seed: int) -> None:
+        torch.manual_seed(seed)
+
+    def held(self, aliases: list[str]) -> tuple[dict[str, int], list[tuple[str, str, int | np.ndarray]]]:
+        """What came in with the last push, and what this worker now computes with.
+
+        The second are (name, how, value), for the trainer's names and their `aliases`: a checksum of a `whole` tensor or
+        of a `part`, or a projection of all or some output `rows`, or the worker's `share` of every row.
+        """
+        receiver = self.weight_transfer_engine.receiver
+        holdings = Holdings(self.get_model(), receiver.slots)
+        shapes = {slot.name: slot.shape for slot in receiver.slots}
+        names = [*shapes, *(alias for alias in aliases if alias not in shapes)]
+        with torch.no_grad():
+            return receiver.arrived, [holdings.tell(name, shapes.get(name)) for name in names]
+
+
+class Holdings:
+    """Finds the trainer's tensors in a vLLM model, which fuses some (q, k, v), packs some, and shards some."""
+
+    def __init__(self, model: torch.nn.Module, slots: list[Slot]) -> None:
+        self.model = model
+        self.rows = {slot.name: slot.shape[0] for slot in slots if slot.shape}
+        fused = getattr(model, "packed_modules_mapping", {})
+        self.fused = {part: (whole, parts) for whole, parts in fused.items() for part in parts}
+        self.projections: dict[str, torch.Tensor] = {}
+
+    def tell(self, name: str, shape: tuple[int, ...] | None) -> tuple[str, str, int | np.ndarray]:
+        """See `WorkerExtension.held`."""
+        path, kind = name.rsplit(".", 1)
+        rows = slice(None)
+        parent, _, leaf = path.rpartition(".")
+        if leaf in self.fused:
+            whole, parts = self.fused[leaf]
+            sizes = [self.rows[f"{parent}.{part}.{kind}"] // get_tensor_model_parallel_world_size() for part in parts]
+            start = sum(sizes[: parts.index(leaf)])
+            path, rows = f"{parent}.{whole}", slice(start, start + sizes[parts.index(leaf)])
+        try:
+            module = self.model.get_submodule(path)
+        except AttributeError:
+            raise PushError(
+                f"tensor {name} has no counterpart in vLLM's {type(self.model).__name__}, so pushes to it cannot be proven: "
+                "use inference_model.backend=transformers"
+            ) from None
+        if kind == "weight" and hasattr(module, "cpu_linear") and isinstance(module, LinearBase | ParallelLMHead):
+            how = "share" if isinstance(module, RowParallelLinear) else "rows"
+            return name, how, self._project(path, module)[rows].numpy()
+        tensor = getattr(module, kind)[rows] if rows != slice(None) else getattr(module, kind)
+        is_whole = shape is not None and tensor.numel() == int(np.prod(shape))
+        return name, "whole" if is_whole else "part", checksum(tensor)
+
+    def _project(self, path: str, module: torch.nn.Module) -> torch.Tensor:
+        """What the layer computes for the probe vector, without its bias."""
+        if path not in self.projections:
+            if isinstance(module, RowParallelLinear):
+                size, rank = module.input_size_per_partition, get_tensor_model_parallel_rank()
+                x = probe_vector(module.input_size)[rank * size : (rank + 1) * size]
+            else:
+                x = probe_vector(module.embedding_dim if isinstance(module, ParallelLMHead) else module.input_size)
+            self.projections[path] = module.quant_method.apply(module, x[None])[0].float()
+        return self.projections[path]
+
+
+def combine(tellings: list[list[tuple[str, str, int | np.ndarray]]]) -> tuple[dict[str, int], dict[str, np.ndarray]]:
+    """Checksums and projections of whole tensors from what each worker told of its shard."""
+    checksums: dict[str, int] = {}
+    projections: dict[str, np.ndarray] = {}
+    for shards in zip(*tellings, strict=True):
+        name, how, first = shards[0]
+        values = [value for _, _, value in shards]
+        if how == "whole":
+            differing = [value for value in values if value != first]
+            checksums[name] = differing[0] if differing else first
+        elif how == "part":
+            checksums[name] = (sum(values) + 2**63) % 2**64 - 2**63
+        else:
+            projections[name] = np.concatenate(values) if how == "rows" else np.sum(values, axis=0)
+    return checksums, projections

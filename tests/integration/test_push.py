@@ -1,0 +1,237 @@
+"""Weight pushes are proven: good ones pass, each way to break one ends with the name of what is wrong."""
+
+from dataclasses import dataclass
+from itertools import count
+
+import pytest
+import ray
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import grpo_sync
+import grpo_utils
+from grpo.config import ObjectiveConfig, OptimizerConfig, TrainConfig
+from grpo.errors import PushError
+from grpo.inference import EngineSpec, InferenceActor
+from grpo.launch import compose
+from grpo.pools import EnginePool, TrainerPool, WeightPush
+from grpo.trainer import TrainerActor, TrainerSpec
+from grpo_utils import connect, engine_environment
+
+from .conftest import SMALL, Finished
+from .test_ranks import ragged_batch
+
+TIMEOUT_S = 120.0
+MIDDLE = "model.layers.1.mlp.up_proj.weight"  # one of a fused pair in vLLM
+
+
+class BreakableTrainer(TrainerActor):
+    """Can corrupt one tensor on its way, or leave it out."""
+
+    def break_push(self, fault: str | None) -> None:
+        put = type(self.sender)._put
+
+        def faulty(version: int, index: int, tensor: torch.Tensor) -> None:
+            if self.sender.slots[index].name == MIDDLE:
+                if fault == "never sent":
+                    return
+                tensor = tensor.clone()
+                tensor.view(torch.int32)[3, 5] ^= 1  # the last bit of one mantissa
+            put(self.sender, version, index, tensor)
+
+        self.sender._put = faulty if fault else put.__get__(self.sender)
+
+
+class BreakableEngine(InferenceActor):
+    """Can acknowledge a push without applying it, or keep its old output layer."""
+
+    async def break_push(self, fault: str) -> None:
+        getattr(self, f"_break_{self.spec.backend}")(fault)
+
+    def _break_vllm(self, fault: str) -> None:
+        from grpo import vllm_worker
+
+        if fault == "not applied":
+            vllm_worker.Transfer.receive_weights = lambda self, info: [None for _ in self.receiver.receive(info.version)]
+            return
+        vllm_worker.refresh_tied_lm_head = lambda model: None
+        load = vllm_worker.Transfer.receive_weights
+
+        def without_output_layer(self, info) -> None:
+            receive = self.receiver.receive
+            self.receiver.receive = lambda version: (pair for pair in receive(version) if pair[0] != "lm_head.weight")
+            load(self, info)
+            self.receiver.receive = receive
+
+        vllm_worker.Transfer.receive_weights = without_output_layer
+
+    def _break_transformers(self, fault: str) -> None:
+        engine = self.engine
+        if fault == "not applied":
+            engine.parameters = {name: tensor.clone() for name, tensor in engine.parameters.items()}
+        else:
+            old = torch.nn.Parameter(engine.model.lm_head.weight.detach().clone(), requires_grad=False)
+            if "lm_head.weight" in engine.parameters:
+                engine.parameters["lm_head.weight"] = old.clone()
+            engine.model.lm_head.weight = old
+
+
+@dataclass
+class Pair:
+    """A trainer and an engine."""
+
+    trainer: TrainerPool
+    engines: EnginePool
+    push: WeightPush
+    batch: object
+    versions: object
+
+    def train_and_push(self) -> int:
+        version = next(self.versions)
+        self.trainer.step(self.batch, version, with_log_probs=False)
+        self.push(version)
+        return version
+
+    def probe(self, version: int) -> float:
+        return self.push.probe(version, self.batch["tokens"][15, :40].tolist())
+
+    def close(self) -> None:
+        for actor in [*self.trainer.actors, *self.engines.actors]:
+            ray.kill(actor)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="error")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def untied_path(model_path, tmp_path_factory) -> str:
+    """The built-in model with an output layer of its own."""
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * 1.01)
+    path = tmp_path_factory.mktemp("untied")
+    model.save_pretrained(path)
+    AutoTokenizer.from_pretrained(model_path).save_pretrained(path)
+    return str(path)
+
+
+def pair(model: str, backend: str, transport: str = "shared_memory", tensor_parallel: int = 1, engines: int = 1) -> Pair:
+    trainer_spec = TrainerSpec(
+        model,
+        "eager",
+        "cpu",
+        1.0,
+        ObjectiveConfig(),
+        TrainConfig(kl_to_ref_coeff=0.1),
+        OptimizerConfig(name="sgd", lr=0.1, warmup_steps=0, clip_grad_norm=1e9),
+        uses_reference=True,
+    )
+    spec = EngineSpec(
+        backend=backend,
+        model=model,
+        device="cpu",
+        dtype="float32",
+        seed=0,
+        max_concurrent=8,
+        max_length=64,
+        temperature=1.0,
+        top_p=1.0,
+        gpu_memory_utilization=0.9,
+        enforce_eager=True,
+        tensor_parallel_size=tensor_parallel,
+    )
+    environment = {"env_vars": engine_environment(spec)}
+    actors = [ray.remote(num_cpus=1, runtime_env=environment)(BreakableEngine).remote(spec) for _ in range(engines)]
+    trainer = ray.remote(num_cpus=1)(BreakableTrainer).remote(trainer_spec)
+    starting = [actor.start.remote() for actor in actors]
+    rendezvous = ray.get(trainer.open_rendezvous.remote(), timeout=TIMEOUT_S)
+    ray.get([trainer.start.remote(0, 1, rendezvous, TIMEOUT_S), *starting], timeout=TIMEOUT_S)
+    pools = TrainerPool([trainer], 1, TIMEOUT_S), EnginePool(actors, TIMEOUT_S)
+    push = connect(*pools, transport, tensor_parallel, TIMEOUT_S)
+    return Pair(*pools, push, ragged_batch(model), count(1))
+
+
+@pytest.mark.parametrize("backend", ["vllm", "transformers"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_good_pushes_pass_and_each_broken_one_is_named(cluster, model_path, untied_path, backend, tied):
+    parts = pair(model_path if tied else untied_path, backend)
+    trainer = parts.trainer.actors[0]
+    before = parts.probe(0)
+    assert before < 1e-5
+    parts.trainer.step(parts.batch, 0, with_log_probs=False)
+    with pytest.raises(PushError, match=r"the inference actor, version 0: its log-probs of a probe text differ"):
+        parts.probe(0)  # the trainer has moved and nothing was pushed
+    for _ in range(2):
+        assert parts.probe(parts.train_and_push()) < 1e-5
+
+    ray.get(trainer.break_push.remote("corrupted"))
+    with pytest.raises(PushError, match=rf"^the inference actor, version 3: tensor {MIDDLE} was changed on its way"):
+        parts.train_and_push()
+    ray.get(trainer.break_push.remote("never sent"))
+    with pytest.raises(PushError, match=rf"^the inference actor: tensor {MIDDLE} of version 4 was never sent$"):
+        parts.train_and_push()
+    ray.get(trainer.break_push.remote(None))
+    parts.close()
+
+    parts = pair(model_path if tied else untied_path, backend)
+    ray.get(parts.engines.actors[0].break_push.remote("old lm_head"))
+    with pytest.raises(
+        PushError,
+        match=r"^the inference actor, version 1: tensor lm_head.weight arrived but is not what the engine computes",
+    ):
+        parts.train_and_push()
+    ray.get(parts.engines.actors[0].break_push.remote("not applied"))
+    with pytest.raises(
+        PushError,
+        match=r"^the inference actor, version 2: tensor model.embed_tokens.weight arrived but is not what the engine",
+    ):
+        parts.train_and_push()
+    parts.close()
+
+
+@pytest.mark.parametrize("backend", ["vllm", "transformers"])
+def test_two_engines_are_pushed_to_over_gloo_and_the_broken_one_is_named(cluster, model_path, monkeypatch, backend):
+    parts = pair(model_path, backend, "gloo", engines=2)
+    for _ in range(2):
+        assert parts.probe(parts.train_and_push()) < 1e-5
+    ray.get(parts.engines.actors[1].break_push.remote("not applied"))
+    with pytest.raises(PushError, match=r"^inference actor 1, version 3: tensor model.embed_tokens.weight arrived but is"):
+        parts.train_and_push()
+    ray.get(parts.trainer.actors[0].break_push.remote("corrupted"))
+    with pytest.raises(PushError, match=rf"^inference actor 0, version 4: tensor {MIDDLE} was changed on its way"):
+        parts.train_and_push()
+    parts.close()
+
+
+@pytest.mark.parametrize("transport", ["shared_memory", "gloo"])
+def test_a_vllm_engine_split_over_two_processes_holds_what_was_sent(cluster, untied_path, transport):
+    parts = pair(untied_path, "vllm", transport, tensor_parallel=2)
+    for _ in range(2):
+        assert parts.probe(parts.train_and_push()) < 1e-5
+    ray.get(parts.trainer.actors[0].break_push.remote("corrupted"))
+    with pytest.raises(PushError, match=rf"version 3: tensor {MIDDLE} was changed on its way"):
+        parts.train_and_push()
+    parts.close()
+
+
+class ForgetfulEngine(BreakableEngine):
+    """Stops applying pushes after its first."""
+
+    async def update_weights(self, version: int):
+        if version == 2:
+            await self.break_push("not applied")
+        return await super().update_weights(version)
+
+
+@pytest.mark.parametrize("backend", ["vllm", "transformers"])
+def test_a_run_whose_engine_stops_applying_pushes_ends_with_its_name(model_path, tmp_path, monkeypatch, backend):
+    monkeypatch.setattr(grpo_utils, "InferenceActor", ForgetfulEngine)
+    config = compose("grpo_arithmetic", [*SMALL, f"inference_model.backend={backend}"])
+    with pytest.raises(PushError, match=r"^the inference actor, version 2: tensor model.embed_tokens.weight arrived but"):
+        grpo_sync.main(config, tmp_path)
+    assert [line["step"] for line in Finished(tmp_path).metrics] == [1, 2]
+    assert not ray.is_initialized()
