@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from tensordict import TensorDict
 
 from grpo.builtin import demonstration
-from grpo.config import ObjectiveConfig, OptimizerConfig, TrainConfig
+from grpo.config import ObjectiveConfig, OptimizerConfig, TrainConfig, TrainModelConfig
 from grpo.models import load_model, load_tokenizer, score
 from grpo.pools import TrainerPool
 from grpo.rollout import Completions, pack
@@ -52,6 +52,8 @@ def weights_after_a_step(model_path: str, path, ranks: int, micro_batches: int) 
         "eager",
         "cpu",
         1.0,
+        0,
+        TrainModelConfig(),
         ObjectiveConfig(),
         TrainConfig(kl_to_ref_coeff=0.1, entropy_coeff=0.01),
         OptimizerConfig(name="sgd", lr=1.0, warmup_steps=0, clip_grad_norm=1e9),
@@ -60,7 +62,7 @@ def weights_after_a_step(model_path: str, path, ranks: int, micro_batches: int) 
     actors = [ray.remote(num_cpus=1)(TrainerActor).remote(spec) for _ in range(ranks)]
     rendezvous = ray.get(actors[0].open_rendezvous.remote(), timeout=60)
     ray.get([actor.start.remote(rank, ranks, rendezvous, 60.0) for rank, actor in enumerate(actors)], timeout=60)
-    pool = TrainerPool(actors, micro_batches, 60.0)
+    pool = TrainerPool(actors, micro_batches, None, 60.0)
     metrics, log_probs = pool.step(ragged_batch(model_path), 1, with_log_probs=True)
     pool.export(path)
     for actor in actors:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from tensordict import TensorDict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo.config import ObjectiveConfig, OptimizerConfig, TrainConfig
+from grpo.config import ObjectiveConfig, OptimizerConfig, TrainConfig, TrainModelConfig
 from grpo.errors import TrainingError
 from grpo.models import full_parameters, load_model, token_log_probs
 from grpo.trainer import TrainerActor, TrainerSpec
@@ -28,7 +28,7 @@ class OneRank(TrainerActor):
 
     def step(self, batch: TensorDict, with_log_probs: bool = False):
         parts, update = self.spec.train.gradient_accumulation_steps, bool(batch["advantage"].any())
-        return super().step(batch, parts, update, len(batch), with_log_probs)
+        return super().step(batch, [len(batch) // parts] * parts, update, len(batch), with_log_probs)
 
 
 @pytest.fixture
@@ -44,13 +44,21 @@ def make_trainer(model_path, monkeypatch):
                 trainer.sender.unlink()
             dist.destroy_process_group()
 
-    def make(optimizer: OptimizerConfig = LARGE_STEPS, uses_reference: bool = True, **train) -> TrainerActor:
+    def make(
+        optimizer: OptimizerConfig = LARGE_STEPS,
+        uses_reference: bool = True,
+        train_model: TrainModelConfig | None = None,
+        seed: int = 0,
+        **train,
+    ) -> TrainerActor:
         stop()
         spec = TrainerSpec(
             model=model_path,
             attn_implementation="eager",
             device="cpu",
             temperature=0.9,
+            seed=seed,
+            train_model=train_model or TrainModelConfig(),
             objective=ObjectiveConfig(),
             train=TrainConfig(**(PENALTIES | train)),
             optimizer=optimizer,
