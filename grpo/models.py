@@ -6,6 +6,7 @@ transformers engine load through here, so that all of them compute the same log-
 
 import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -128,6 +129,23 @@ def set_lora_dropout(model: torch.nn.Module, on: bool) -> None:
     """Turn the adapters' dropout on or off, and no other."""
     for _, layer in lora_layers(model):
         layer.lora_dropout.train(on)
+
+
+@contextmanager
+def adapters_off(model: torch.nn.Module) -> Iterator[None]:
+    """Compute as the model that the adapters were added to.
+
+    peft's own context turns off the adapters' requires_grad meanwhile. FSDP keeps what it was at the first pass, so that
+    adapters that scored a reference before their first step would never train.
+    """
+    layers = [layer for _, layer in lora_layers(model)]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def decoder_layers(model: PreTrainedModel | PeftModel) -> list[torch.nn.Module]:

@@ -21,6 +21,7 @@ from grpo.config import ObjectiveConfig, OptimizerConfig, TrainConfig, TrainMode
 from grpo.errors import TrainingError
 from grpo.models import (
     DTYPES,
+    adapters_off,
     add_lora,
     base_parameters,
     checkpoint_gradients,
@@ -204,7 +205,7 @@ class TrainerActor:
         Every rank must get as many rows of the same width, since they gather the weights together.
         """
         batch = batch.to(self.device)
-        with self.model.disable_adapter():
+        with adapters_off(self.model):
             rows = batch["tokens"], batch["prompt_length"], batch["response_mask"]
             return score(self.model, *rows, self.spec.temperature).cpu()
 
