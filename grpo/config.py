@@ -96,23 +96,24 @@ class LoraConfig:
     alpha: float = 32.0
     # Of the adapters' input, while a step is taken; above 0 the ratio of a rollout to its own policy is not 1.
     dropout: float = 0.0
-    target_modules: str = ALL_LINEAR  # all but the output layer; or the modules' names with commas: "q_proj,v_proj"
+    target_modules: Any = ALL_LINEAR  # all but the output layer; or names of modules, [q_proj,v_proj] or "q_proj,v_proj"
 
     def __post_init__(self) -> None:
         section = "train_model.lora"
         _at_least(section, self, 1, "r")
         _check(0 < self.alpha < math.inf, f"{section}.alpha", self.alpha, "must be above 0")
         _check(0 <= self.dropout < 1, f"{section}.dropout", self.dropout, "must be in [0, 1)")
+        targets = self.target_modules
+        if isinstance(targets, str):
+            targets = [name.strip() for name in targets.split(",")]
+        names = isinstance(targets, list) and targets and all(re.fullmatch(r"[\w.]+", str(name)) for name in targets)
         _check(
-            all(re.fullmatch(r"[\w.]+", name) for name in self.targets) or self.target_modules == ALL_LINEAR,
+            names or targets == [ALL_LINEAR],
             f"{section}.target_modules",
             self.target_modules,
-            f"must be {ALL_LINEAR} or names of modules with commas between them",
+            f"must be {ALL_LINEAR} or names of modules, such as [q_proj,v_proj]",
         )
-
-    @property
-    def targets(self) -> list[str]:
-        return [name.strip() for name in self.target_modules.split(",")]
+        self.target_modules = [str(name) for name in targets]
 
 
 @dataclass

@@ -102,7 +102,7 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
     """
     head = model.get_output_embeddings()
     linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head]
-    for target in lora.targets if lora.target_modules != ALL_LINEAR else []:
+    for target in lora.target_modules if lora.target_modules != [ALL_LINEAR] else []:
         if not any(f".{name}".endswith(f".{target}") for name in linear):
             there = ", ".join(dict.fromkeys(name.split(".")[-1] for name in linear))
             raise ConfigError(
@@ -113,7 +113,7 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=ALL_LINEAR if lora.target_modules == ALL_LINEAR else lora.targets,
+        target_modules=ALL_LINEAR if lora.target_modules == [ALL_LINEAR] else lora.target_modules,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
     with torch.random.fork_rng(devices=[]):

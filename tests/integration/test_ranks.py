@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -139,7 +140,8 @@ def test_adapters_and_checkpointed_layers_train_and_score_alike_on_one_rank_and_
     rows = batch["tokens"], batch["prompt_length"], batch["response_mask"], 1.0
     reference = score(load_model(model_path, CPU, "eager"), *rows)
     for ranks, checkpointing in ((1, False), (2, True)):
-        with trainers(model_path, ranks, TrainModelConfig(gradient_checkpointing=checkpointing, lora=lora)) as actors:
+        train_model = TrainModelConfig(gradient_checkpointing=checkpointing, lora=lora)
+        with trainers(model_path, ranks, train_model, replace(SGD, lr=0.2)) as actors:
             pool = TrainerPool(actors, 2, None, 60.0)
             references = ReferencePool(actors, 60.0, "training", pool.order)
             assert (references.score(batch) - reference).abs().max() < 1e-6
@@ -153,7 +155,7 @@ def test_adapters_and_checkpointed_layers_train_and_score_alike_on_one_rank_and_
             assert all((future.result() - reference).abs().max() < 1e-6 for future in scores)
     (one, metrics, log_probs), (two, its_metrics, its_log_probs) = results.values()
     start = {name: parameter.detach() for name, parameter in load_model(model_path, CPU).named_parameters()}
-    assert largest_difference(one, start) > 0.03
+    assert largest_difference(one, start) > 0.01
     assert largest_difference(one, two) < 1e-5
     assert its_metrics == pytest.approx(metrics, rel=1e-3, abs=1e-5)
     assert torch.allclose(its_log_probs, log_probs, atol=1e-4)
@@ -209,7 +211,7 @@ def test_with_lora_the_trainer_is_its_own_reference_and_learns(run_sync):
     assert kl[-1] > 0.01
     assert run.summary["phases_s"]["reference"] > 0
     rewards = [row["rollout/reward_mean"] for row in run.metrics]
-    assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.1
+    assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.2
     largest = max(abs(a - b) for r in run.rollouts for a, b in zip(r["inference_log_probs"], r["log_probs"], strict=True))
     assert largest < 1e-4  # the engine has the merged weights
     assert (run.run_dir / "adapter" / "adapter_model.safetensors").is_file()

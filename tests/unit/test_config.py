@@ -64,8 +64,13 @@ BAD_VALUES = [
     (["train_model.lora.alpha=inf"], "train_model.lora.alpha (inf) must be above 0"),
     (["train_model.lora.dropout=1"], "train_model.lora.dropout (1.0) must be in [0, 1)"),
     (["train_model.lora.dropout=-0.1"], "train_model.lora.dropout (-0.1) must be in [0, 1)"),
-    (["train_model.lora.target_modules=''"], "train_model.lora.target_modules () must be all-linear or names of modules"),
+    (
+        ["train_model.lora.target_modules=''"],
+        "train_model.lora.target_modules () must be all-linear or names of modules, such",
+    ),
     (["train_model.lora.target_modules='q_proj,'"], "train_model.lora.target_modules (q_proj,) must be all-linear or names"),
+    (["train_model.lora.target_modules=[]"], "train_model.lora.target_modules ([]) must be all-linear or names of modules"),
+    (["train_model.lora.target_modules=null"], "train_model.lora.target_modules (None) must be all-linear or names"),
     (["train.mixed_precision=int8"], "train.mixed_precision (int8) must be one of none, bf16, fp16"),
     (
         ["train.max_tokens_per_micro_batch=9", "env.max_prompt_length=6", "inference_model.max_tokens=4"],
@@ -304,6 +309,19 @@ def test_staleness_is_one_only_where_collecting_runs_beside_training():
 )
 def test_a_reference_is_used_only_where_something_reads_it(changes, used):
     assert sizes(**changes).uses_reference is used
+
+
+@pytest.mark.parametrize(
+    ("typed", "names"),
+    [
+        ("all-linear", ["all-linear"]),
+        ("[q_proj,mlp.up_proj]", ["q_proj", "mlp.up_proj"]),
+        ("'q_proj, v_proj'", ["q_proj", "v_proj"]),
+        ("q_proj", ["q_proj"]),
+    ],
+)
+def test_adapter_targets_are_typed_as_a_list_or_with_commas(typed, names):
+    assert compose(ARITHMETIC, [*SIZES, f"train_model.lora.target_modules={typed}"]).train_model.lora.target_modules == names
 
 
 @pytest.mark.parametrize(

@@ -60,13 +60,14 @@ def make_trainer(model_path, monkeypatch):
         train_model: TrainModelConfig | None = None,
         seed: int = 0,
         model: str = model_path,
+        device: str = "cpu",
         **train,
     ) -> TrainerActor:
         stop()
         spec = TrainerSpec(
             model=model,
             attn_implementation="eager",
-            device="cpu",
+            device=device,
             temperature=0.9,
             seed=seed,
             train_model=train_model or TrainModelConfig(),
@@ -553,3 +554,18 @@ def test_lora_dropout_is_drawn_from_the_seed_and_only_while_updating(make_traine
     with_dropout = run(0.5, 0)
     assert largest_difference(run(0.5, 0)[0], with_dropout[0]) == 0
     assert largest_difference(run(0.0, 0)[0], with_dropout[0]) > 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_gpu_gets_every_weight_and_buffer_a_layer_at_a_time(make_trainer, batch, precision):
+    train_model = TrainModelConfig(lora=LORA, gradient_checkpointing=True)
+    trainer = make_trainer(train_model=train_model, mixed_precision=precision, device="cuda")
+    tensors = [*trainer.model.parameters(), *trainer.model.buffers()]
+    assert {tensor.device.type for tensor in tensors} == {"cuda"}
+    own = make_trainer(train_model=train_model, mixed_precision=precision)
+    expected = own.score(batch)
+    trainer = make_trainer(train_model=train_model, mixed_precision=precision, device="cuda")
+    assert (trainer.score(batch) - expected).abs().max() < 1.0  # positions are rotated alike
+    metrics, _ = trainer.step(batch)
+    assert metrics["train/skipped_updates"] == 0
