@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from threading import Lock
 
 import ray
 import torch
@@ -56,9 +57,14 @@ def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
         ranks, references, actors = _start_actors(config, plan, model)
         timeout_s = config.ray.timeout_s
         engines = EnginePool(actors, timeout_s)
-        trainer = TrainerPool(ranks, config.train.gradient_accumulation_steps, timeout_s)
+        train = config.train
+        trainer = TrainerPool(ranks, train.gradient_accumulation_steps, train.max_tokens_per_micro_batch, timeout_s)
         push = connect(trainer, engines, plan.transport, config.inference_model.tensor_parallel_size, timeout_s)
-        reference = ReferencePool(references, timeout_s) if references else None
+        reference = None
+        if config.num_references:
+            reference = ReferencePool(references, timeout_s, "reference", Lock())
+        elif config.uses_reference:  # the policy without its adapters
+            reference = ReferencePool(ranks, timeout_s, "training", trainer.order)
         background = ThreadPoolExecutor(1, thread_name_prefix="collect")
         closing.callback(background.shutdown, wait=False, cancel_futures=True)
         log = RunLog(run_dir, config)
@@ -74,7 +80,7 @@ def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
             push=push,
             collector=make_collector(config, env, engines, reference),
             replay_buffer=make_replay_buffer(
-                config.train.buffer_size // group_size, config.train.optim_batch_size // group_size, config.seed
+                train.buffer_size // group_size, train.optim_batch_size // group_size, config.seed
             ),
             background=background,
             clock=clock,
@@ -139,13 +145,16 @@ def _start_actors(
         tensor_parallel_size=inference.tensor_parallel_size,
     )
     engines = start("inference", InferenceActor, engine_environment(spec), spec)
-    references = start("reference", ReferenceActor, {}, model, attention, plan.device, inference.temperature)
+    precision = config.train.mixed_precision
+    references = start("reference", ReferenceActor, {}, model, attention, plan.device, inference.temperature, precision)
     train_device = "cpu" if plan.device == "mps" else plan.device  # FSDP2 has no backend for mps
     trainer_spec = TrainerSpec(
         model,
         attention,
         train_device,
         inference.temperature,
+        config.seed,
+        config.train_model,
         config.objective,
         config.train,
         config.optimizer,

@@ -84,11 +84,45 @@ class ModelConfig:
     attn_implementation: str = "sdpa"  # of the trainer and the reference, as transformers names them
 
 
+ALL_LINEAR = "all-linear"
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters (peft): the model's weights W stay, and what trains are B and A of W + alpha / r * B A."""
+
+    enabled: bool = False
+    r: int = 16  # rank
+    alpha: float = 32.0
+    # Of the adapters' input, while a step is taken; above 0 the ratio of a rollout to its own policy is not 1.
+    dropout: float = 0.0
+    target_modules: Any = ALL_LINEAR  # all but the output layer; or names of modules, [q_proj,v_proj] or "q_proj,v_proj"
+
+    def __post_init__(self) -> None:
+        section = "train_model.lora"
+        _at_least(section, self, 1, "r")
+        _check(0 < self.alpha < math.inf, f"{section}.alpha", self.alpha, "must be above 0")
+        _check(0 <= self.dropout < 1, f"{section}.dropout", self.dropout, "must be in [0, 1)")
+        targets = self.target_modules
+        if isinstance(targets, str):
+            targets = [name.strip() for name in targets.split(",")]
+        names = isinstance(targets, list) and targets and all(re.fullmatch(r"[\w.]+", str(name)) for name in targets)
+        _check(
+            names or targets == [ALL_LINEAR],
+            f"{section}.target_modules",
+            self.target_modules,
+            f"must be {ALL_LINEAR} or names of modules, such as [q_proj,v_proj]",
+        )
+        self.target_modules = [str(name) for name in targets]
+
+
 @dataclass
 class TrainModelConfig:
     """The policy being trained."""
 
     num_devices: int = 1  # FSDP2 ranks: GPUs, or processes on a CPU
+    gradient_checkpointing: bool = False  # recompute each layer's activations in the backward pass: slower, far less memory
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
         _at_least("train_model", self, 1, "num_devices")
@@ -98,10 +132,12 @@ class TrainModelConfig:
 class RefModelConfig:
     """The frozen reference."""
 
-    num_devices: int = 1  # processes that share the batch
+    # Processes that share the batch. 0: the training ranks score it with their adapters off. null: 0 with LoRA, else 1.
+    num_devices: int | None = None
 
     def __post_init__(self) -> None:
-        _at_least("ref_model", self, 1, "num_devices")
+        if self.num_devices is not None:
+            _at_least("ref_model", self, 0, "num_devices")
 
 
 @dataclass
@@ -174,7 +210,9 @@ class TrainConfig:
     buffer_size: int | None = None  # responses the replay buffer holds; sync: one collection
     epochs: int = 1  # times a response is trained on, at most
     optim_batch_size: int = 512  # responses an optimiser step
-    gradient_accumulation_steps: int = 1  # micro-batches a step
+    gradient_accumulation_steps: int = 1  # micro-batches a step and rank, at least
+    max_tokens_per_micro_batch: int | None = None  # rows x longest row; more micro-batches are made where it takes them
+    mixed_precision: str = "none"  # of the passes: none (float32), bf16, fp16; weights and optimiser stay float32
     sync_iter: bool = True  # false: collect the next batch while optimising (staleness at most 1)
     use_kl_to_ref: bool = True  # false: no reference model at all
     kl_to_ref_coeff: float = 0.01
@@ -187,6 +225,9 @@ class TrainConfig:
     logging_frequency: int = 1  # optimiser steps between points sent to Weights & Biases and TensorBoard
 
     def __post_init__(self) -> None:
+        precision = str(self.mixed_precision).lower()  # older documents have true and false
+        self.mixed_precision = {"true": "bf16", "false": "none"}.get(precision, precision)
+        _one_of("train.mixed_precision", self.mixed_precision, ("none", "bf16", "fp16"))
         counts = ("total_dialog_turns", "dialog_turns_per_batch", "epochs", "optim_batch_size")
         _at_least("train", self, 1, *counts, "gradient_accumulation_steps", "logging_frequency")
         _at_least("train", self, 0, "kl_to_ref_coeff", "kl_to_inference_coeff", "entropy_coeff", "eval_frequency")
@@ -299,6 +340,20 @@ class RunConfig:
             f"must equal train.dialog_turns_per_batch ({train.dialog_turns_per_batch}) in sync mode, "
             "where the buffer holds one collection",
         )
+        budget, longest = train.max_tokens_per_micro_batch, self.env.max_prompt_length + self.inference_model.max_tokens
+        _check(
+            budget is None or budget >= longest,
+            "train.max_tokens_per_micro_batch",
+            budget,
+            f"must be at least env.max_prompt_length ({self.env.max_prompt_length}) + inference_model.max_tokens "
+            f"({self.inference_model.max_tokens}): one row must fit",
+        )
+        _check(
+            self.ref_model.num_devices != 0 or self.train_model.lora.enabled or not self.uses_reference,
+            "ref_model.num_devices",
+            self.ref_model.num_devices,
+            "must be at least 1 without train_model.lora.enabled=true, which alone keeps the reference in the policy",
+        )
         _check(
             self.device != "mps" or self.inference_model.backend == "transformers",
             "device",
@@ -308,8 +363,16 @@ class RunConfig:
 
     @property
     def uses_reference(self) -> bool:
-        """Whether anything reads the reference's log-probs: only then is its actor started."""
+        """Whether anything reads the reference's log-probs: only then are they computed."""
         return self.train.use_kl_to_ref and self.train.kl_to_ref_coeff > 0
+
+    @property
+    def num_references(self) -> int:
+        """Processes that hold a reference: 0 where none is used, and where the training ranks score it themselves."""
+        if not self.uses_reference:
+            return 0
+        default = 0 if self.train_model.lora.enabled else 1
+        return default if self.ref_model.num_devices is None else self.ref_model.num_devices
 
     @property
     def num_collections(self) -> int:

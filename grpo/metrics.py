@@ -52,6 +52,8 @@ METRICS = {
     "train/grad_norm": "gradient norm before clipping",
     "train/lr": "learning rate",
     "train/skipped_updates": "1 where every advantage was 0 and the weights stayed",
+    "train/overflows": "1 where gradients overflowed float16 and the weights stayed (mixed_precision=fp16)",
+    "train/grad_scale": "factor that keeps gradients in float16's range (mixed_precision=fp16)",
     "buffer/staleness_max": "policy versions between sampling and training, the largest",
     "buffer/staleness_mean": "the same, mean over rollouts",
     "sync/probe_difference": "mean |trainer - engine| log-prob of a probe text after a push, the largest engine's, nats",

@@ -1,4 +1,4 @@
-"""Language models: find, load, shard, score, export.
+"""Language models: find, load, adapt (LoRA), shard, score, export.
 
 Owns everything that touches a transformers model except sampling from it. The trainer, the reference and the
 transformers engine load through here, so that all of them compute the same log-probs.
@@ -6,6 +6,8 @@ transformers engine load through here, so that all of them compute the same log-
 
 import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -14,10 +16,13 @@ import torch
 import torch.distributed as dist
 from huggingface_hub import constants as hub_constants
 from huggingface_hub import try_to_load_from_cache
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,10 +31,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
 
+from grpo.config import ALL_LINEAR, LoraConfig
 from grpo.errors import ConfigError, one_line
 
 LOGITS = 2**27  # that are scored at a time: 512 MiB in float32
+DTYPES = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of train.mixed_precision
+ADAPTER = ".lora_"  # in the names of the parameters that peft adds, and in no other
 
 
 def read_config(name: str) -> PreTrainedConfig:
@@ -70,30 +79,102 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(path)
 
 
-def load_model(path: str, device: torch.device, attn_implementation: str = "sdpa") -> PreTrainedModel:
-    """The model in float32 on `device`, in evaluation mode.
+def load_model(
+    path: str, device: torch.device, attn_implementation: str = "sdpa", dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """The model in `dtype` on `device`, in evaluation mode.
 
     Evaluation mode turns dropout off: with dropout the ratio of a rollout to its own policy would not be 1.
     """
     if device.type == "cpu":
         torch.set_flush_denormal(True)  # subnormal gradients and optimiser states slow a CPU down many times
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attn_implementation)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attn_implementation)
     model = model.to(device)
     model.config.use_cache = False
     return model.eval()
 
 
-def shard(model: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedModel:
-    """Wrap `model` with FSDP2 in place, a shard group a decoder layer.
+def add_lora(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
+    """Wrap `model` with adapters in place: its own parameters freeze, those of the adapters train.
 
-    Gradients are summed over ranks, not averaged: the loss is already divided by the count over all ranks. On gloo that
-    needs forced sum reduction, on every module.
+    They start at B = 0, which leaves the model's outputs as they are, and the same A for the same seed. Raises ConfigError
+    for a target that is no linear layer of the model; the output layer cannot be one.
     """
-    layer_classes = set(model._no_split_modules or ())
-    for module in model.modules():
-        if type(module).__name__ in layer_classes:
-            fully_shard(module, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    head = model.get_output_embeddings()
+    linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head]
+    for target in lora.target_modules if lora.target_modules != [ALL_LINEAR] else []:
+        if not any(f".{name}".endswith(f".{target}") for name in linear):
+            there = ", ".join(dict.fromkeys(name.split(".")[-1] for name in linear))
+            raise ConfigError(
+                f"train_model.lora.target_modules ({target}) is no linear layer of the model, which has {there}"
+            )
+    settings = PeftLoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=ALL_LINEAR if lora.target_modules == [ALL_LINEAR] else lora.target_modules,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return get_peft_model(model, settings).eval()
+
+
+def lora_layers(model: torch.nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer))
+
+
+def set_lora_dropout(model: torch.nn.Module, on: bool) -> None:
+    """Turn the adapters' dropout on or off, and no other."""
+    for _, layer in lora_layers(model):
+        layer.lora_dropout.train(on)
+
+
+@contextmanager
+def adapters_off(model: torch.nn.Module) -> Iterator[None]:
+    """Compute as the model that the adapters were added to.
+
+    peft's own context turns off the adapters' requires_grad meanwhile. FSDP keeps what it was at the first pass, so that
+    adapters that scored a reference before their first step would never train.
+    """
+    layers = [layer for _, layer in lora_layers(model)]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+def decoder_layers(model: PreTrainedModel | PeftModel) -> list[torch.nn.Module]:
+    classes = set(model._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in classes]
+
+
+def checkpoint_gradients(model: PreTrainedModel | PeftModel) -> None:
+    """Have each decoder layer keep its input only, and compute the rest again in the backward pass.
+
+    The layer's own forward is wrapped, because transformers' switch for it works in training mode alone, which would turn
+    dropout on; and because FSDP's hooks then stay outside, so that nothing is gathered or cast twice.
+    """
+    for layer in decoder_layers(model):
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def shard(
+    model: PreTrainedModel | PeftModel, mesh: DeviceMesh, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel | PeftModel:
+    """Wrap `model` with FSDP2 in place, a shard group a decoder layer, which moves each to the mesh's device on its own.
+
+    Passes are computed in `dtype`; parameters stay as they are and gradients are summed in float32. They are summed over
+    ranks, not averaged: the loss is already divided by the count over all ranks. On gloo that needs forced sum reduction,
+    on every module.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for module in [*decoder_layers(model), model]:
+        fully_shard(module, mesh=mesh, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -145,24 +226,77 @@ def score(
     return torch.where(response_mask, torch.cat(parts), 0.0)
 
 
-def full_parameters(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each parameter whole, under its transformers name, tied ones once. A collective: every rank iterates it alike."""
-    for name, parameter in model.named_parameters():
-        tensor = parameter.detach()
-        yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def base_parameters(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """The model's own parameters under their transformers names, tied ones once, as this rank holds them; no adapters."""
+    for name, parameter in transformers_model(model).named_parameters():
+        if ADAPTER not in name:
+            yield name.replace(".base_layer.", "."), parameter
 
 
-def tied_names(model: PreTrainedModel) -> dict[str, str]:
+def transformers_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The model without peft's wrapper; its layers keep their adapters."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+@torch.no_grad()
+def full_parameters(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each of `base_parameters` whole, with its adapter added: W + alpha / r * B A. The model itself is not changed.
+
+    A collective: every rank iterates it alike.
+    """
+    _reshard(model)
+    adapted = {f"{name}.weight": layer for name, layer in lora_layers(transformers_model(model))}
+    for name, parameter in base_parameters(model):
+        weight = _whole(parameter)
+        if name in adapted:
+            layer = adapted[name]
+            a, b = (_whole(part["default"].weight) for part in (layer.lora_A, layer.lora_B))
+            change = b @ a  # [out, in]
+            weight = weight + layer.scaling["default"] * (change.T if layer.fan_in_fan_out else change)
+        yield name, weight
+
+
+def _reshard(model: torch.nn.Module) -> None:
+    """After a pass without gradients FSDP leaves the root's parameters gathered, and rounded to the passes' dtype."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _whole(parameter: torch.nn.Parameter) -> torch.Tensor:
+    tensor = parameter.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def tied_names(model: PreTrainedModel | PeftModel) -> dict[str, str]:
     """Further names of parameters that appear twice in the model, by the name that `full_parameters` has for them."""
-    return dict(model.all_tied_weights_keys) if model.config.tie_word_embeddings else {}
+    base = transformers_model(model)
+    return dict(base.all_tied_weights_keys) if base.config.tie_word_embeddings else {}
 
 
-def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """Write the whole model in transformers format from rank 0. A collective."""
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if dist.get_rank() == 0:
-        model.save_pretrained(path, state_dict=state)
+def export(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Write the whole model, adapters merged, in transformers format from rank 0. A collective.
+
+    Adapters are also written by themselves, in peft's format, to the directory `adapter` next to it.
+    """
+    first = dist.get_rank() == 0
+    state = {}
+    for name, tensor in full_parameters(model):
+        if first:  # elsewhere a whole copy would be for nothing
+            state[name] = tensor.cpu()
+    if first:
+        transformers_model(model).save_pretrained(path, state_dict=state | _persistent_buffers(model))
         tokenizer.save_pretrained(path)
+    if isinstance(model, PeftModel):
+        adapter = {name: _whole(p).cpu() for name, p in model.named_parameters() if ADAPTER in name}
+        if first:
+            model.save_pretrained(path.parent / "adapter", state_dict=adapter, save_embedding_layers=False)
+
+
+def _persistent_buffers(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]:
+    base = transformers_model(model)
+    saved = base.state_dict().keys()
+    return {name.replace(".base_layer.", "."): b.cpu() for name, b in base.named_buffers() if name in saved}
 
 
 def num_parameters(config: PreTrainedConfig) -> int:
@@ -172,6 +306,13 @@ def num_parameters(config: PreTrainedConfig) -> int:
             return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     except ValueError as error:
         raise ConfigError(f"model.name: {config.model_type} is no causal language model: {one_line(error)[:80]}") from None
+
+
+def num_adapter_parameters(config: PreTrainedConfig, lora: LoraConfig) -> int:
+    """Parameters that train with `lora`, without allocating any; ConfigError where it does not fit the architecture."""
+    with torch.device("meta"):
+        model = add_lora(AutoModelForCausalLM.from_config(config), lora, seed=0)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def kv_cache_bytes(config: PreTrainedConfig, num_tokens: int, bytes_per_number: int) -> int:

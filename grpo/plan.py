@@ -13,7 +13,7 @@ import torch
 from grpo import builtin
 from grpo.config import RunConfig
 from grpo.errors import ConfigError
-from grpo.models import kv_cache_bytes, num_parameters, read_config
+from grpo.models import DTYPES, kv_cache_bytes, num_adapter_parameters, num_parameters, read_config
 
 FLOAT32 = 4  # bytes
 LARGE = 1e9  # parameters from which a model needs a GPU to be of any use
@@ -29,6 +29,7 @@ class Plan:
     threads: int  # a process
     transport: str  # of weight pushes
     parameters: int
+    trained: int  # of them, or the adapters' with LoRA
     memory_bytes: dict[str, int]  # estimate a role, weights, optimiser and key-value cache; activations come on top
 
     @property
@@ -37,7 +38,7 @@ class Plan:
 
     def describe(self, config: RunConfig) -> str:
         """What dry_run=true prints."""
-        gib = 2**30
+        gib, budget = 2**30, config.train.max_tokens_per_micro_batch
         lines = [
             f"device            {self.device}" + f", {self.gpus_per_process:.2g} GPU a process" * (self.device == "cuda"),
             *(
@@ -46,6 +47,8 @@ class Plan:
             ),
             f"memory            about {self.total_memory_bytes / gib:.2f} GiB for "
             f"{self.parameters / 1e6:.1f} million parameters, activations not counted",
+            f"trained           {self._trained(config)}",
+            f"reference         {self._reference(config)}",
             f"threads           {self.threads} a process",
             f"weight pushes     {self.transport}, probed every {config.train.probe_frequency}"
             if config.train.probe_frequency
@@ -53,11 +56,23 @@ class Plan:
             f"collections       {config.num_collections} of {config.train.dialog_turns_per_batch} responses "
             f"({config.train.dialog_turns_per_batch // config.env.repeats} prompts x {config.env.repeats})",
             f"optimiser steps   {config.num_steps} of {config.train.optim_batch_size} responses in "
-            f"{config.train.gradient_accumulation_steps} micro-batches",
+            f"{config.train.gradient_accumulation_steps} micro-batches a rank"
+            + f", or more of at most {budget} tokens"
+            * (budget is not None),
             f"samples           {config.train.total_dialog_turns} responses, each trained on {config.train.epochs} times",
             f"staleness         at most {config.max_staleness} policy versions",
         ]
         return "\n".join(lines)
+
+    def _trained(self, config: RunConfig) -> str:
+        what = "LoRA adapters" if config.train_model.lora.enabled else "all"
+        passes = {"none": "float32", "bf16": "bfloat16", "fp16": "float16"}[config.train.mixed_precision]
+        return f"{what}: {self.trained / 1e6:.3g} million parameters in float32, passes in {passes}"
+
+    def _reference(self, config: RunConfig) -> str:
+        if not config.uses_reference:
+            return "none"
+        return "in processes of its own" if config.num_references else "the trainer without its adapters"
 
 
 def resolve_device(device: str) -> str:
@@ -94,17 +109,19 @@ def make_plan(config: RunConfig) -> Plan:
             f"({config.inference_model.max_tokens}) must be at most the model's {positions} positions"
         )
     roles = {"trainer": config.train_model.num_devices, "inference": config.inference_model.num_devices}
-    if config.uses_reference:
-        roles["reference"] = config.ref_model.num_devices
-    parameters = num_parameters(model)
-    weights = parameters * FLOAT32
+    if config.num_references:
+        roles["reference"] = config.num_references
+    parameters, lora = num_parameters(model), config.train_model.lora
+    trained = num_adapter_parameters(model, lora) if lora.enabled else parameters
+    weights, updated = parameters * FLOAT32, trained * FLOAT32
+    adapters = updated if lora.enabled else 0
     states = {"adamw": 2, "adam": 2, "sgd": 0}[config.optimizer.name]
     in_flight = config.env.num_envs * config.env.repeats
     memory = {
-        # Weights, gradients, optimiser states in shards, and a full copy that is pushed or gathered.
-        "trainer": weights * (2 + states) // roles["trainer"] + weights,
+        # Weights, gradients, optimiser states in shards, and a full copy that is loaded, pushed or gathered.
+        "trainer": (weights + adapters + updated * (1 + states)) // roles["trainer"] + weights,
         "inference": weights + kv_cache_bytes(model, in_flight * length, FLOAT32),
-        "reference": weights,
+        "reference": parameters * DTYPES[config.train.mixed_precision].itemsize,
     }
     memory = {role: memory[role] for role in roles}
     gpus = torch.cuda.device_count() if device == "cuda" else 0
@@ -137,4 +154,4 @@ def make_plan(config: RunConfig) -> Plan:
     if transport == "nccl" and sharing != 1:
         raise ConfigError("train.weight_transport (nccl) needs a GPU of its own for each process: use shared_memory")
     threads = max(1, cores // at_once)
-    return Plan(device, roles, 1 / sharing if sharing else 0.0, threads, transport, parameters, memory)
+    return Plan(device, roles, 1 / sharing if sharing else 0.0, threads, transport, parameters, trained, memory)

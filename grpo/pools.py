@@ -5,6 +5,7 @@ over the whole, and answers come back in the order of the questions.
 """
 
 from dataclasses import dataclass
+from threading import Lock
 
 import numpy as np
 import torch
@@ -51,33 +52,72 @@ class EnginePool:
 
 
 class ReferencePool:
-    """The reference actors; each scores a part of the batch."""
+    """The reference actors, or the training ranks in their place; each scores a part of the batch."""
 
-    def __init__(self, actors: list[ActorHandle], timeout_s: float) -> None:
-        self.actors, self.timeout_s = actors, timeout_s
+    def __init__(self, actors: list[ActorHandle], timeout_s: float, role: str, order: Lock) -> None:
+        self.actors, self.timeout_s, self.role, self.order = actors, timeout_s, role, order
 
     def score(self, rollouts: TensorDict) -> torch.Tensor:
         """reference_log_probs, float32 [B, T], of rollouts [B]."""
-        parts = rollouts.select("tokens", "prompt_length", "response_mask").chunk(len(self.actors))
-        calls = [actor.score.remote(part) for actor, part in zip(self.actors, parts, strict=False)]
-        return torch.cat(get_all(named("reference", calls), self.timeout_s, f"scoring {len(rollouts)} rollouts"))
+        rollouts = rollouts.select("tokens", "prompt_length", "response_mask")
+        # Equal shares, the last row again where there are too few: training ranks must all run the same passes.
+        share = -(-len(rollouts) // len(self.actors))
+        rows = torch.arange(share * len(self.actors)).clamp(max=len(rollouts) - 1)
+        shares = [(rollouts[mine],) for mine in rows.split(share)]
+        calls = submit(self.actors, "score", shares, self.order)
+        return torch.cat(get_all(named(self.role, calls), self.timeout_s, f"scoring {len(rollouts)} rollouts"))[
+            : len(rollouts)
+        ]
 
 
-def split_rows(lengths: torch.Tensor, num_ranks: int, num_micro_batches: int) -> list[torch.Tensor]:
-    """Row indices for each rank: `num_micro_batches` equal parts one after the other.
+def submit(actors: list[ActorHandle], method: str, arguments: list[tuple], order: Lock) -> list[ObjectRef]:
+    """Call `method` of each actor with its arguments.
 
-    lengths: int64 [B] tokens a row; B must be a multiple of num_ranks * num_micro_batches. Rows of similar length fall
+    Training ranks wait for each other in collectives, and with train.sync_iter=false two threads call them. The lock they
+    share makes the order of the calls the same on every rank; in another order the ranks would wait for each other for ever.
+    """
+    with order:
+        return [getattr(actor, method).remote(*its) for actor, its in zip(actors, arguments, strict=True)]
+
+
+@dataclass(frozen=True)
+class Share:
+    """A rank's part of a batch: its rows, one micro-batch after the other, and how many rows each of those has."""
+
+    rows: torch.Tensor
+    sizes: list[int]
+
+
+def split_rows(lengths: torch.Tensor, num_ranks: int, num_micro_batches: int, max_tokens: int | None = None) -> list[Share]:
+    """Each rank's share of a batch, in `num_micro_batches` micro-batches a rank, or more where `max_tokens` takes it.
+
+    lengths: int64 [B] tokens a row; B must be a multiple of num_ranks * num_micro_batches. A micro-batch's rows times its
+    longest row is at most `max_tokens`; each rank has as many of them, and each row is in one. Rows of similar length fall
     into one micro-batch, and the ranks' micro-batches of one turn are alike, so little is padded and no rank waits long.
     """
-    parts = lengths.argsort(descending=True, stable=True).chunk(num_ranks * num_micro_batches)
-    return [torch.cat(parts[rank::num_ranks]) for rank in range(num_ranks)]
+    order = lengths.argsort(descending=True, stable=True)
+    most = len(lengths) // (num_ranks * num_micro_batches)
+    parts, start = [], 0
+    while start < len(order):
+        longest = int(lengths[order[start]])
+        rows = most if max_tokens is None else min(most, max_tokens // longest)
+        assert rows > 0, f"a row of {longest} tokens is over the budget of {max_tokens} a micro-batch"
+        parts.append(order[start : start + rows])
+        start += rows
+    while len(parts) % num_ranks:  # one row a part, at the latest, is a multiple
+        largest = max(range(len(parts)), key=lambda i: (len(parts[i]) > 1, len(parts[i]) * int(lengths[parts[i][0]])))
+        parts[largest : largest + 1] = parts[largest].tensor_split(2)
+    turns = [parts[rank::num_ranks] for rank in range(num_ranks)]
+    return [Share(torch.cat(mine), [len(part) for part in mine]) for mine in turns]
 
 
 class TrainerPool:
     """The training ranks: every call goes to all of them, since they meet in collectives."""
 
-    def __init__(self, actors: list[ActorHandle], num_micro_batches: int, timeout_s: float) -> None:
-        self.actors, self.num_micro_batches, self.timeout_s = actors, num_micro_batches, timeout_s
+    def __init__(self, actors: list[ActorHandle], num_micro_batches: int, max_tokens: int | None, timeout_s: float) -> None:
+        self.actors, self.timeout_s = actors, timeout_s
+        self.num_micro_batches, self.max_tokens = num_micro_batches, max_tokens  # a micro-batch's most tokens
+        self.order = Lock()  # of calls; shared with whoever else calls the ranks
 
     def step(self, batch: TensorDict, number: int, with_log_probs: bool) -> tuple[dict[str, float], torch.Tensor | None]:
         """Optimiser step `number` on rollouts [B]: its metrics and, if asked for, log_probs [B, T] before the step.
@@ -86,33 +126,31 @@ class TrainerPool:
         that noise up to a full step.
         """
         lengths = batch["prompt_length"] + batch["response_length"]
-        rows = split_rows(lengths, len(self.actors), self.num_micro_batches)
+        shares = split_rows(lengths, len(self.actors), self.num_micro_batches, self.max_tokens)
         update = bool(batch["advantage"].any())
-        calls = [
-            actor.step.remote(batch[mine], self.num_micro_batches, update, len(batch), with_log_probs)
-            for actor, mine in zip(self.actors, rows, strict=True)
-        ]
-        answers = self._get(calls, f"taking optimiser step {number}")
+        arguments = [(batch[share.rows], share.sizes, update, len(batch), with_log_probs) for share in shares]
+        answers = self._call("step", arguments, f"taking optimiser step {number}")
         if not with_log_probs:
             return answers[0][0], None
         log_probs = torch.zeros(batch["tokens"].shape)
-        for mine, (_, part) in zip(rows, answers, strict=True):
-            log_probs[mine] = part
+        for share, (_, part) in zip(shares, answers, strict=True):
+            log_probs[share.rows] = part
         return answers[0][0], log_probs
 
     def push(self, version: int) -> dict[str, ObjectRef]:
         """Send the current weights as push `version`: what was sent, to come; the first rank's says it."""
-        return named("training", [actor.push.remote(version) for actor in self.actors])
+        return named("training", submit(self.actors, "push", [(version,)] * len(self.actors), self.order))
 
     def probe(self, tokens: list[int]) -> dict[str, ObjectRef]:
         """Log-probs of `tokens` under the current weights, to come, by the ranks' names."""
-        return named("training", [actor.probe.remote(tokens) for actor in self.actors])
+        return named("training", submit(self.actors, "probe", [(tokens,)] * len(self.actors), self.order))
 
     def export(self, path) -> None:
         """Write the model and its tokenizer in transformers format."""
-        self._get([actor.export.remote(path) for actor in self.actors], "exporting the model")
+        self._call("export", [(path,)] * len(self.actors), "exporting the model")
 
-    def _get(self, calls: list, doing: str) -> list:
+    def _call(self, method: str, arguments: list[tuple], doing: str) -> list:
+        calls = submit(self.actors, method, arguments, self.order)
         return get_all(named("training", calls), self.timeout_s, doing)
 
 

@@ -5,19 +5,19 @@ import os
 import torch
 from tensordict import TensorDict
 
-from grpo.models import load_model, score
+from grpo.models import DTYPES, load_model, score
 
 
 class ReferenceActor:
-    """A Ray actor."""
+    """A Ray actor. `mixed_precision` is the trainer's: both round alike, and a policy still at its reference has KL 0."""
 
-    def __init__(self, model: str, attn_implementation: str, device: str, temperature: float) -> None:
+    def __init__(self, model: str, attn_implementation: str, device: str, temperature: float, mixed_precision: str) -> None:
         self.name, self.attn_implementation, self.device = model, attn_implementation, torch.device(device)
-        self.temperature = temperature
+        self.temperature, self.dtype = temperature, DTYPES[mixed_precision]
 
     def start(self) -> int:
         """Load the model; returns the process id."""
-        self.model = load_model(self.name, self.device, self.attn_implementation)
+        self.model = load_model(self.name, self.device, self.attn_implementation, self.dtype)
         return os.getpid()
 
     def score(self, batch: TensorDict) -> torch.Tensor:

@@ -18,13 +18,20 @@ from tensordict import TensorDict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from grpo.config import ObjectiveConfig, OptimizerConfig, TrainConfig
+from grpo.config import ObjectiveConfig, OptimizerConfig, TrainConfig, TrainModelConfig
 from grpo.errors import TrainingError
 from grpo.models import (
+    DTYPES,
+    adapters_off,
+    add_lora,
+    base_parameters,
+    checkpoint_gradients,
     export,
     full_parameters,
     load_model,
     load_tokenizer,
+    score,
+    set_lora_dropout,
     shard,
     tied_names,
     token_log_probs,
@@ -49,6 +56,8 @@ class TrainerSpec:
     attn_implementation: str
     device: str
     temperature: float
+    seed: int
+    train_model: TrainModelConfig
     objective: ObjectiveConfig
     train: TrainConfig
     optimizer: OptimizerConfig
@@ -77,8 +86,18 @@ class TrainerActor:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         mesh = init_device_mesh(device.type, (world_size,), mesh_dim_names=("fsdp",))
         self.device = device
-        self.model = shard(load_model(spec.model, device, spec.attn_implementation), mesh)
-        self.optimizer = OPTIMIZERS[spec.optimizer.name](self.model.parameters(), spec.optimizer)
+        torch.manual_seed(spec.seed + rank)  # for LoRA's dropout; nothing else is random here
+        # Loaded on the CPU and moved a layer at a time as it is sharded: a GPU never holds the whole model in float32.
+        model = load_model(spec.model, torch.device("cpu"), spec.attn_implementation)
+        if spec.train_model.lora.enabled:
+            model = add_lora(model, spec.train_model.lora, spec.seed)
+        if spec.train_model.gradient_checkpointing:
+            checkpoint_gradients(model)
+        self.model = shard(model, mesh, DTYPES[spec.train.mixed_precision])
+        self.trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = OPTIMIZERS[spec.optimizer.name](self.trainable, spec.optimizer)
+        fp16 = spec.train.mixed_precision == "fp16"  # whose small range gradients have to be scaled into
+        self.scaler = torch.amp.GradScaler(device.type) if fp16 else None
         ramp = max(1, spec.optimizer.warmup_steps)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: min(1.0, (step + 1) / ramp))
         self.loss = partial(
@@ -99,10 +118,11 @@ class TrainerActor:
         Returns what they need to take part, the further names of tied weights by the name that they are sent under, and
         the dtype that this rank computes in.
         """
-        parameters = list(self.model.named_parameters())
+        parameters = list(base_parameters(self.model))
         host = ray.util.get_node_ip_address()
         self.sender = make_sender(transport, host, parameters, dtype, num_receivers, timeout_s)
-        return self.sender.description(), tied_names(self.model), "float32"
+        own_dtype = str(DTYPES[self.spec.train.mixed_precision]).removeprefix("torch.")
+        return self.sender.description(), tied_names(self.model), own_dtype
 
     def join_pushes(self) -> None:
         """Wait until every engine takes part."""
@@ -119,14 +139,15 @@ class TrainerActor:
             return token_log_probs(self.model, row, 1, 1.0)[0][0, 1:].cpu().numpy()
 
     def step(
-        self, batch: TensorDict, num_micro_batches: int, update: bool, responses: int, with_log_probs: bool
+        self, batch: TensorDict, sizes: list[int], update: bool, responses: int, with_log_probs: bool
     ) -> tuple[dict[str, float], torch.Tensor | None]:
-        """One optimiser step; this rank's part of it is `batch` [B] in `num_micro_batches` equal parts.
+        """One optimiser step; this rank's part of it is `batch` [B] in micro-batches of `sizes` rows, as many on each rank.
 
         `responses` counts the rollouts of all ranks. Returns the step's metrics over all ranks and, if asked for, this
         rank's log_probs [B, T] before the step. Without `update` the weights stay.
         """
-        micro_batches = batch.to(self.device).chunk(num_micro_batches)
+        micro_batches = batch.to(self.device).split(sizes)
+        set_lora_dropout(self.model, update)
         sums: dict[str, torch.Tensor] = {}
         log_probs = torch.zeros(batch["tokens"].shape) if with_log_probs else None
         first_row = 0
@@ -136,7 +157,8 @@ class TrainerActor:
             with torch.set_grad_enabled(update):
                 current, loss, totals = self._loss(micro_batch)
             if update:
-                (loss / responses).backward()
+                loss = loss / responses
+                (loss if self.scaler is None else self.scaler.scale(loss)).backward()
             for name, value in totals.items():
                 sums[name] = sums.get(name, 0.0) + value
             if log_probs is not None:
@@ -148,8 +170,13 @@ class TrainerActor:
         dist.all_reduce(totals)
         metrics = summarise(dict(zip(sums, totals.tolist(), strict=True)), responses)
         metrics["train/lr"] = self.schedule.get_last_lr()[0]
-        metrics["train/grad_norm"] = self._optimise() if update else 0.0
+        norm = self._optimise() if update else 0.0
         metrics["train/skipped_updates"] = float(not update)
+        if self.scaler is not None:
+            metrics["train/overflows"] = float(not math.isfinite(norm))
+            metrics["train/grad_scale"] = self.scaler.get_scale()
+        metrics["train/grad_norm"] = norm if math.isfinite(norm) else 0.0
+        set_lora_dropout(self.model, False)
         return metrics, log_probs
 
     def _loss(self, batch: TensorDict) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
@@ -171,14 +198,38 @@ class TrainerActor:
         return log_probs, loss, totals
 
     def _optimise(self) -> float:
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.optimizer.clip_grad_norm)
+        """Take the step; returns the gradient norm, which is not finite where fp16 overflowed and no step was taken."""
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.trainable, self.spec.optimizer.clip_grad_norm)
         norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        if not math.isfinite(norm):
+        finite = math.isfinite(norm)
+        if self.scaler is not None:
+            self.scaler.step(self.optimizer)  # which any rank's overflow prevents on all of them
+            self.scaler.update()
+            if self.scaler.get_scale() < 1:
+                raise TrainingError(
+                    f"train.mixed_precision (fp16): gradients overflow even when scaled by {self.scaler.get_scale():g}; the "
+                    "weights were left as they were: use bf16, or try a lower optimizer.lr"
+                )
+        elif finite:
+            self.optimizer.step()
+        else:
             raise TrainingError(f"the gradient norm is {norm}; the weights were left as they were: try a lower optimizer.lr")
-        self.optimizer.step()
-        self.schedule.step()
+        if finite:
+            self.schedule.step()
         self.optimizer.zero_grad()
         return norm
+
+    def score(self, batch: TensorDict) -> torch.Tensor:
+        """The reference's log-probs, float32 [B, T], as `ReferenceActor.score` gives them: the model without its adapters.
+
+        Every rank must get as many rows of the same width, since they gather the weights together.
+        """
+        batch = batch.to(self.device)
+        with adapters_off(self.model):
+            rows = batch["tokens"], batch["prompt_length"], batch["response_mask"]
+            return score(self.model, *rows, self.spec.temperature).cpu()
 
     def push(self, version: int) -> Sent | None:
         """Gather the current weights on every rank; rank 0 sends them to the engines and says what it sent."""

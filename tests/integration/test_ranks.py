@@ -1,5 +1,9 @@
 """Several training ranks, engines and references: the same run as with one of each, up to rounding."""
 
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import ray
@@ -8,13 +12,14 @@ from safetensors.torch import load_file
 from tensordict import TensorDict
 
 from grpo.builtin import demonstration
-from grpo.config import ObjectiveConfig, OptimizerConfig, TrainConfig
+from grpo.config import LoraConfig, ObjectiveConfig, OptimizerConfig, TrainConfig, TrainModelConfig
 from grpo.models import load_model, load_tokenizer, score
-from grpo.pools import TrainerPool
+from grpo.pools import ReferencePool, TrainerPool, split_rows
 from grpo.rollout import Completions, pack
 from grpo.tasks.arithmetic import question, split_expressions
 from grpo.trainer import TrainerActor, TrainerSpec
 
+CPU = torch.device("cpu")
 TRANSFORMERS = "inference_model.backend=transformers"
 
 
@@ -27,7 +32,7 @@ def cluster():
 
 def ragged_batch(model_path: str) -> TensorDict:
     """Sixteen responses of the model's kind, cut to 1 to 16 tokens, off-policy by some tenths of a nat."""
-    tokenizer, model = load_tokenizer(model_path), load_model(model_path, torch.device("cpu"))
+    tokenizer, model = load_tokenizer(model_path), load_model(model_path, CPU)
     expressions = split_expressions()["train"][::150][:16]
     prompts = [tokenizer(f"<|user|>{question(e)}<|end|><|assistant|>")["input_ids"] for e in expressions]
     responses = [tokenizer(demonstration(e, right=i % 2 == 0))["input_ids"][: i + 1] for i, e in enumerate(expressions)]
@@ -45,41 +50,142 @@ def ragged_batch(model_path: str) -> TensorDict:
     return batch
 
 
-def weights_after_a_step(model_path: str, path, ranks: int, micro_batches: int) -> tuple[dict, dict, torch.Tensor]:
-    """One SGD step of rate 1, so that weights differ by the gradient; with its metrics and log-probs."""
+class Rewinding(TrainerActor):
+    """Goes back to its first weights, so that one start serves many steps; and overflows on a rank when told to."""
+
+    overflowing_rank = None
+
+    def start(self, rank: int, *arguments) -> None:
+        super().start(rank, *arguments)
+        self.rank, self.first = rank, [parameter.detach().clone() for parameter in self.trainable]
+
+    @torch.no_grad()
+    def rewind(self) -> None:
+        for parameter, first in zip(self.trainable, self.first, strict=True):
+            parameter.copy_(first)
+
+    def overflow(self, rank: int | None) -> None:
+        self.overflowing_rank = rank
+
+    def _optimise(self) -> float:
+        if self.rank == self.overflowing_rank:
+            self.trainable[0].grad.to_local().fill_(float("inf"))
+        return super()._optimise()
+
+
+SGD = OptimizerConfig(name="sgd", lr=1.0, warmup_steps=0, clip_grad_norm=1e9)  # weights differ by the gradient
+
+
+@contextmanager
+def trainers(model_path: str, ranks: int, train_model: TrainModelConfig, optimizer: OptimizerConfig = SGD, **train):
     spec = TrainerSpec(
         model_path,
         "eager",
         "cpu",
         1.0,
+        0,
+        train_model,
         ObjectiveConfig(),
-        TrainConfig(kl_to_ref_coeff=0.1, entropy_coeff=0.01),
-        OptimizerConfig(name="sgd", lr=1.0, warmup_steps=0, clip_grad_norm=1e9),
+        TrainConfig(kl_to_ref_coeff=0.1, entropy_coeff=0.01, **train),
+        optimizer,
         uses_reference=True,
     )
-    actors = [ray.remote(num_cpus=1)(TrainerActor).remote(spec) for _ in range(ranks)]
-    rendezvous = ray.get(actors[0].open_rendezvous.remote(), timeout=60)
-    ray.get([actor.start.remote(rank, ranks, rendezvous, 60.0) for rank, actor in enumerate(actors)], timeout=60)
-    pool = TrainerPool(actors, micro_batches, 60.0)
-    metrics, log_probs = pool.step(ragged_batch(model_path), 1, with_log_probs=True)
-    pool.export(path)
+    actors = [ray.remote(num_cpus=1)(Rewinding).remote(spec) for _ in range(ranks)]
+    rendezvous = ray.get(actors[0].open_rendezvous.remote(), timeout=120)
+    ray.get([actor.start.remote(rank, ranks, rendezvous, 60.0) for rank, actor in enumerate(actors)], timeout=120)
+    yield actors
     for actor in actors:
         ray.kill(actor)
-    return load_file(path / "model.safetensors"), metrics, log_probs
 
 
-def test_gradients_agree_over_ranks_and_micro_batches(cluster, model_path, tmp_path):
-    splits = {(1, 1): None, (1, 4): None, (2, 1): None, (2, 4): None}
-    for i, (ranks, micro_batches) in enumerate(splits):
-        splits[ranks, micro_batches] = weights_after_a_step(model_path, tmp_path / str(i), ranks, micro_batches)
-    start = dict(load_model(model_path, torch.device("cpu")).named_parameters())
-    whole, metrics, log_probs = splits[1, 1]
-    largest = max((whole[name] - start[name]).abs().max() for name in start)  # entry of the gradient
-    assert largest > 0.03
-    for split, (weights, its_metrics, its_log_probs) in splits.items():
-        assert max((whole[name] - weights[name]).abs().max() for name in whole) < 1e-6, (split, largest)
+def step(actors: list, batch: TensorDict, path, micro_batches: int = 1, budget: int | None = None, steps: int = 1) -> tuple:
+    """The weights after some steps from the first weights; with the last step's metrics and log-probs."""
+    ray.get([actor.rewind.remote() for actor in actors], timeout=60)
+    pool = TrainerPool(actors, micro_batches, budget, 60.0)
+    for number in range(steps):
+        metrics, log_probs = pool.step(batch, number, with_log_probs=True)
+    pool.export(path / "model")
+    return load_file(path / "model" / "model.safetensors"), metrics, log_probs
+
+
+def largest_difference(first: dict, second: dict) -> float:
+    assert first.keys() == second.keys()
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
+# Micro-batches a rank, and tokens a micro-batch: one of 16 rows, 16 of one, 8 of 2, 4 of 4, and by their length.
+SPLITS = {1: [(1, None), (16, None), (8, None), (4, None), (1, 60)], 2: [(1, None), (4, None), (1, 60), (4, 60)]}
+
+
+def test_gradients_agree_over_ranks_micro_batches_and_token_budgets(cluster, model_path, tmp_path):
+    batch, results = ragged_batch(model_path), {}
+    lengths = batch["prompt_length"] + batch["response_length"]
+    assert max(split_rows(lengths, 2, 1, 60)[0].sizes) < 8  # the budget does make more micro-batches
+    for ranks, splits in SPLITS.items():
+        with trainers(model_path, ranks, TrainModelConfig()) as actors:
+            for split in splits:
+                results[ranks, *split] = step(actors, batch, tmp_path / f"{ranks} {split}", *split)
+    start = {name: parameter.detach() for name, parameter in load_model(model_path, CPU).named_parameters()}
+    whole, metrics, log_probs = results.pop((1, 1, None))
+    assert largest_difference(whole, start) > 0.03  # the gradient's largest entry
+    for split, (weights, its_metrics, its_log_probs) in results.items():
+        assert largest_difference(whole, weights) < 1e-6, split
         assert its_metrics == pytest.approx(metrics, rel=1e-5, abs=1e-6)
         assert torch.allclose(its_log_probs, log_probs, atol=1e-5)
+
+
+def test_adapters_and_checkpointed_layers_train_and_score_alike_on_one_rank_and_two(cluster, model_path, tmp_path):
+    batch, results = ragged_batch(model_path), {}
+    lora = LoraConfig(enabled=True, r=3)  # a rank that two processes cannot share evenly
+    rows = batch["tokens"], batch["prompt_length"], batch["response_mask"], 1.0
+    reference = score(load_model(model_path, CPU, "eager"), *rows)
+    for ranks, checkpointing in ((1, False), (2, True)):
+        train_model = TrainModelConfig(gradient_checkpointing=checkpointing, lora=lora)
+        with trainers(model_path, ranks, train_model, replace(SGD, lr=0.2)) as actors:
+            pool = TrainerPool(actors, 2, None, 60.0)
+            references = ReferencePool(actors, 60.0, "training", pool.order)
+            assert (references.score(batch) - reference).abs().max() < 1e-6
+            results[ranks] = step(actors, batch, tmp_path / str(ranks), 2, steps=3)
+            assert (references.score(batch[:7]) - reference[:7]).abs().max() < 1e-6  # rows that two ranks cannot share
+            # As with train.sync_iter=false: one thread scores while another steps. In another order they would hang.
+            with ThreadPoolExecutor(1) as background:
+                scores = [background.submit(references.score, batch) for _ in range(5)]
+                for number in range(5):
+                    pool.step(batch, number, with_log_probs=False)
+            assert all((future.result() - reference).abs().max() < 1e-6 for future in scores)
+    (one, metrics, log_probs), (two, its_metrics, its_log_probs) = results.values()
+    start = {name: parameter.detach() for name, parameter in load_model(model_path, CPU).named_parameters()}
+    assert largest_difference(one, start) > 0.01
+    assert largest_difference(one, two) < 1e-5
+    assert its_metrics == pytest.approx(metrics, rel=1e-3, abs=1e-5)
+    assert torch.allclose(its_log_probs, log_probs, atol=1e-4)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "2" / "adapter" / name).is_file()
+
+
+def test_an_overflow_on_one_rank_skips_the_step_on_all(cluster, model_path, tmp_path):
+    batch = ragged_batch(model_path)
+    decaying = OptimizerConfig(name="adamw", lr=0.01, weight_decay=0.5, warmup_steps=0)
+    with trainers(model_path, 2, TrainModelConfig(), decaying, mixed_precision="fp16") as actors:
+        pool = TrainerPool(actors, 1, None, 60.0)
+
+        def both() -> list[dict[str, float]]:
+            arguments = [(batch[mine], [8], True, 16, False) for mine in torch.arange(16).split(8)]
+            return [metrics for metrics, _ in pool._call("step", arguments, "stepping")]
+
+        pool.export(tmp_path / "0" / "model")
+        for scale, rank in ((2**15, 1), (2**14, 0)):
+            ray.get([actor.overflow.remote(rank) for actor in actors], timeout=60)
+            for metrics in both():
+                assert (metrics["train/overflows"], metrics["train/grad_scale"]) == (1, scale)
+        pool.export(tmp_path / "1" / "model")
+        ray.get([actor.overflow.remote(None) for actor in actors], timeout=60)
+        for metrics in both():
+            assert (metrics["train/overflows"], metrics["train/grad_scale"]) == (0, 2**14)
+        pool.export(tmp_path / "2" / "model")
+    weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in "012"]
+    assert largest_difference(weights[0], weights[1]) == 0
+    assert largest_difference(weights[1], weights[2]) > 1e-3
 
 
 def test_two_of_each_role_train_as_one_of_each_does(run_sync):
@@ -92,3 +198,29 @@ def test_two_of_each_role_train_as_one_of_each_does(run_sync):
     assert two.metrics[0]["train/kl_to_reference"] == pytest.approx(0, abs=1e-6)
     assert two.metrics[2]["train/kl_to_reference"] > 1e-4
     assert {line["group_id"] for line in two.rollouts} == {line["group_id"] for line in one.rollouts}
+
+
+LORA = ("train_model.lora.enabled=true", "train_model.lora.r=8", "optimizer.lr=3e-3")
+
+
+def test_with_lora_the_trainer_is_its_own_reference_and_learns(run_sync):
+    overrides = (*LORA, "train.dialog_turns_per_batch=256", "train.optim_batch_size=256", "train.total_dialog_turns=6144")
+    run = run_sync(TRANSFORMERS, *overrides, "env.num_envs=32", "train.kl_to_ref_coeff=0.001", "env.test_size=200")
+    kl = [row["train/kl_to_reference"] for row in run.metrics]
+    assert kl[0] == pytest.approx(0, abs=1e-6)
+    assert kl[-1] > 0.01
+    assert run.summary["phases_s"]["reference"] > 0
+    rewards = [row["rollout/reward_mean"] for row in run.metrics]
+    assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.2
+    largest = max(abs(a - b) for r in run.rollouts for a, b in zip(r["inference_log_probs"], r["log_probs"], strict=True))
+    assert largest < 1e-4  # the engine has the merged weights
+    assert (run.run_dir / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_two_ranks_score_and_train_beside_a_collection(run_sync):
+    """train.sync_iter=false: scores are asked for by one thread and steps by another, of ranks that meet in collectives."""
+    budget = ("train_model.num_devices=2", "train.max_tokens_per_micro_batch=500", "train_model.gradient_checkpointing=true")
+    run = run_sync(TRANSFORMERS, *LORA, *budget, "train.sync_iter=false", "train.mixed_precision=bf16")
+    assert [row["buffer/staleness_max"] for row in run.metrics] == [0, 1, 1]
+    assert run.metrics[0]["train/kl_to_reference"] == pytest.approx(0, abs=1e-5)
+    assert run.metrics[2]["train/kl_to_reference"] > 1e-4

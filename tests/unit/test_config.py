@@ -57,7 +57,25 @@ BAD_VALUES = [
     (["env.reward_fn=mine.py"], "env.reward_fn (mine.py) must be PATH.py:FUNCTION"),
     (["env.reward_fn='mine.py:'"], "env.reward_fn (mine.py:) must be PATH.py:FUNCTION"),
     (["train_model.num_devices=0"], "train_model.num_devices (0) must be at least 1"),
-    (["ref_model.num_devices=0"], "ref_model.num_devices (0) must be at least 1"),
+    (["ref_model.num_devices=0"], "ref_model.num_devices (0) must be at least 1 without train_model.lora.enabled=true"),
+    (["ref_model.num_devices=-1"], "ref_model.num_devices (-1) must be at least 0"),
+    (["train_model.lora.r=0"], "train_model.lora.r (0) must be at least 1"),
+    (["train_model.lora.alpha=0"], "train_model.lora.alpha (0.0) must be above 0"),
+    (["train_model.lora.alpha=inf"], "train_model.lora.alpha (inf) must be above 0"),
+    (["train_model.lora.dropout=1"], "train_model.lora.dropout (1.0) must be in [0, 1)"),
+    (["train_model.lora.dropout=-0.1"], "train_model.lora.dropout (-0.1) must be in [0, 1)"),
+    (
+        ["train_model.lora.target_modules=''"],
+        "train_model.lora.target_modules () must be all-linear or names of modules, such",
+    ),
+    (["train_model.lora.target_modules='q_proj,'"], "train_model.lora.target_modules (q_proj,) must be all-linear or names"),
+    (["train_model.lora.target_modules=[]"], "train_model.lora.target_modules ([]) must be all-linear or names of modules"),
+    (["train_model.lora.target_modules=null"], "train_model.lora.target_modules (None) must be all-linear or names"),
+    (["train.mixed_precision=int8"], "train.mixed_precision (int8) must be one of none, bf16, fp16"),
+    (
+        ["train.max_tokens_per_micro_batch=9", "env.max_prompt_length=6", "inference_model.max_tokens=4"],
+        "train.max_tokens_per_micro_batch (9) must be at least env.max_prompt_length (6) + inference_model.max_tokens (4)",
+    ),
     (["inference_model.num_devices=0"], "inference_model.num_devices (0) must be at least 1"),
     (["inference_model.backend=tgi"], "inference_model.backend (tgi) must be one of vllm, transformers"),
     (["inference_model.max_tokens=0"], "inference_model.max_tokens (0) must be at least 1"),
@@ -149,6 +167,10 @@ def test_a_bad_value_is_refused_with_its_key_value_and_rule(overrides, message):
         "env.reward_fn=some/where.py:score",
         "train.gradient_accumulation_steps=512",
         "env.repeats=2",
+        "train.max_tokens_per_micro_batch=56",
+        "train_model.lora.dropout=0",
+        "train_model.lora.r=1",
+        "train_model.lora.target_modules='q_proj,mlp.up_proj'",
     ],
 )
 def test_the_bounds_themselves_are_allowed(override):
@@ -170,6 +192,11 @@ def test_another_number_of_betas_than_two_is_refused(value):
         ("lr=1", "unknown key lr: the nearest known key is optimizer.lr"),
         ("sed=1", "unknown key sed: the nearest known key is seed"),
         ("+train.epoch=1", "unknown key train.epoch: the nearest known key is train.epochs"),
+        ("train_model.lora.rank=4", "unknown key train_model.lora.rank: the nearest known key is train_model.lora.r"),
+        (
+            "train_model.loraa.enabled=true",
+            "unknown key train_model.loraa.enabled: the nearest known key is train_model.lora.enabled",
+        ),
         ("objectiv=grpo", "unknown key objectiv: the nearest known key is objective"),
     ],
 )
@@ -221,7 +248,8 @@ def test_hydras_own_keys_pass():
 def test_known_keys_are_all_leaves():
     keys = known_keys()
     assert {"mode", "train.epochs", "optimizer.betas", "env.data", "inference_model.top_p"} <= set(keys)
-    assert "train" not in keys
+    assert {"train_model.lora.enabled", "train_model.lora.target_modules", "train_model.num_devices"} <= set(keys)
+    assert not {"train", "train_model", "train_model.lora", "lora"} & set(keys)
     assert len(keys) == len(set(keys))
 
 
@@ -281,6 +309,55 @@ def test_staleness_is_one_only_where_collecting_runs_beside_training():
 )
 def test_a_reference_is_used_only_where_something_reads_it(changes, used):
     assert sizes(**changes).uses_reference is used
+
+
+@pytest.mark.parametrize(
+    ("typed", "names"),
+    [
+        ("all-linear", ["all-linear"]),
+        ("[q_proj,mlp.up_proj]", ["q_proj", "mlp.up_proj"]),
+        ("'q_proj, v_proj'", ["q_proj", "v_proj"]),
+        ("q_proj", ["q_proj"]),
+    ],
+)
+def test_adapter_targets_are_typed_as_a_list_or_with_commas(typed, names):
+    assert compose(ARITHMETIC, [*SIZES, f"train_model.lora.target_modules={typed}"]).train_model.lora.target_modules == names
+
+
+@pytest.mark.parametrize(
+    ("typed", "value"),
+    [("true", "bf16"), ("false", "none"), ("none", "none"), ("bf16", "bf16"), ("fp16", "fp16"), ("BF16", "bf16")],
+)
+def test_mixed_precision_takes_its_names_and_the_switch_of_older_documents(typed, value):
+    assert compose(ARITHMETIC, [*SIZES, f"train.mixed_precision={typed}"]).train.mixed_precision == value
+
+
+@pytest.mark.parametrize(("value", "name"), [(True, "bf16"), (False, "none")])
+def test_mixed_precision_takes_a_bool_in_python_too(value, name):
+    assert TrainConfig(mixed_precision=value).mixed_precision == name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "number"),
+    [
+        ([], 1),
+        (["ref_model.num_devices=2"], 2),
+        (["train_model.lora.enabled=true"], 0),
+        (["train_model.lora.enabled=true", "ref_model.num_devices=0"], 0),
+        (["train_model.lora.enabled=true", "ref_model.num_devices=2"], 2),
+        (["train_model.lora.enabled=true", "train.kl_to_ref_coeff=0", "ref_model.num_devices=2"], 0),
+        (["train.use_kl_to_ref=false", "ref_model.num_devices=0"], 0),
+    ],
+)
+def test_reference_processes_are_one_or_none_with_lora_where_nothing_is_said(overrides, number):
+    assert compose(ARITHMETIC, [*SIZES, *overrides]).num_references == number
+
+
+def test_the_shipped_3b_configuration_saves_memory():
+    config = compose("grpo_gsm8k", [])
+    assert config.train.mixed_precision == "bf16"
+    assert config.train_model.gradient_checkpointing
+    assert compose(ARITHMETIC, []).train.mixed_precision == "none"
 
 
 # One value is allowed, so there is nothing to read: the rule that says so is all there is.

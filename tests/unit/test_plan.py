@@ -29,7 +29,9 @@ def test_the_description_says_what_a_dry_run_promises():
         "1 x inference",
         "1 x reference",
         "10 of 512 responses (64 prompts x 8)",
-        "40 of 256 responses in 4 micro-batches",
+        "40 of 256 responses in 4 micro-batches a rank\n",
+        "all: 0.401 million parameters in float32, passes in float32",
+        "reference         in processes of its own",
         "5120 responses, each trained on 2 times",
         "at most 1 policy versions",
         "0.4 million parameters",
@@ -54,6 +56,47 @@ def test_memory_is_estimated_a_role():
     cache = 32 * 56 * 2 * 2 * 2 * 32 * 4
     assert plan.memory_bytes == {"trainer": 5 * weights, "inference": weights + cache, "reference": weights}
     assert plan_of("optimizer.name=sgd").memory_bytes["trainer"] == 3 * weights
+
+
+def test_with_lora_only_the_adapters_have_gradients_and_optimiser_states_and_the_reference_is_inside():
+    plan = plan_of(
+        "train_model.lora.enabled=true", "train_model.lora.r=4", "optimizer.name=adamw", "train_model.num_devices=2"
+    )
+    recipe, head = Recipe(), Recipe().hidden_size // Recipe().heads
+    keys, hidden, wide = recipe.kv_heads * head, recipe.hidden_size, recipe.feed_forward
+    # A is [r, in] and B [out, r]: q and o, k and v, gate and up and down.
+    adapters = recipe.layers * 4 * (2 * (hidden + hidden) + 2 * (hidden + keys) + 3 * (hidden + wide))
+    assert plan.trained == adapters
+    weights = 4 * plan.parameters
+    assert plan.memory_bytes["trainer"] == (weights + 4 * 4 * adapters) // 2 + weights
+    assert plan.roles == {"trainer": 2, "inference": 1}
+    both = plan_of("train_model.lora.enabled=true", "ref_model.num_devices=1")
+    assert both.roles == {"trainer": 1, "inference": 1, "reference": 1}
+
+
+def test_the_reference_is_held_in_the_precision_of_the_passes():
+    bytes_of = {name: plan_of(f"train.mixed_precision={name}").memory_bytes for name in ("none", "bf16", "fp16")}
+    assert bytes_of["none"]["reference"] == 2 * bytes_of["bf16"]["reference"] == 2 * bytes_of["fp16"]["reference"]
+    assert bytes_of["none"]["trainer"] == bytes_of["bf16"]["trainer"]
+
+
+def test_the_description_names_adapters_precision_and_budget():
+    overrides = [CPU, "train_model.lora.enabled=true", "train.mixed_precision=bf16", "train.max_tokens_per_micro_batch=4096"]
+    config = compose("grpo_arithmetic", overrides)
+    text = make_plan(config).describe(config)
+    assert "trained           LoRA adapters: 0." in text
+    assert "million parameters in float32, passes in bfloat16" in text
+    assert "reference         the trainer without its adapters" in text
+    assert "micro-batches a rank, or more of at most 4096 tokens" in text
+    config = compose("grpo_arithmetic", [CPU, "train.use_kl_to_ref=false"])
+    assert "reference         none" in make_plan(config).describe(config)
+
+
+def test_a_lora_target_that_the_model_does_not_have_is_refused_before_anything_starts():
+    with pytest.raises(
+        ConfigError, match=r"train_model.lora.target_modules \(query\) is no linear layer of the model, which has q_"
+    ):
+        plan_of("train_model.lora.enabled=true", "train_model.lora.target_modules=query")
 
 
 def test_a_role_is_planned_only_where_it_is_used():

@@ -1,29 +1,119 @@
 """How work is split over ranks."""
 
+import sys
+import time
+from threading import Lock, Thread
+from types import SimpleNamespace
+
 import pytest
 import torch
+from tensordict import TensorDict
 
-from grpo.pools import named, split_rows
+from grpo.pools import ReferencePool, named, split_rows, submit
 
 
 @pytest.mark.parametrize(("ranks", "micro_batches"), [(1, 1), (1, 4), (2, 1), (2, 4), (4, 2)])
 def test_every_row_goes_to_exactly_one_rank_in_equal_parts(ranks, micro_batches):
     lengths = torch.randint(1, 100, (16,), generator=torch.Generator().manual_seed(0))
-    rows = split_rows(lengths, ranks, micro_batches)
-    assert sorted(torch.cat(rows).tolist()) == list(range(16))
-    assert [len(mine) for mine in rows] == [16 // ranks] * ranks
+    shares = split_rows(lengths, ranks, micro_batches)
+    assert sorted(torch.cat([share.rows for share in shares]).tolist()) == list(range(16))
+    assert [share.sizes for share in shares] == [[16 // ranks // micro_batches] * micro_batches] * ranks
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_with_a_token_budget_no_micro_batch_is_over_it_and_ranks_have_as_many(seed):
+    generator = torch.Generator().manual_seed(seed)
+    ranks, at_least, longest = (int(torch.randint(1, high, (), generator=generator)) for high in (5, 4, 60))
+    rows = ranks * at_least * int(torch.randint(1, 9, (), generator=generator))
+    lengths = torch.randint(1, longest + 1, (rows,), generator=generator)
+    budget = longest + int(torch.randint(0, 4 * longest, (), generator=generator))
+    shares = split_rows(lengths, ranks, at_least, budget)
+    assert sorted(torch.cat([share.rows for share in shares]).tolist()) == list(range(rows))
+    assert len({len(share.sizes) for share in shares}) == 1
+    assert len(shares[0].sizes) >= at_least
+    for share in shares:
+        assert sum(share.sizes) == len(share.rows)
+        for part in lengths[share.rows].split(share.sizes):
+            assert 1 <= len(part) <= rows // (ranks * at_least)
+            assert int(part.max()) * len(part) <= budget
+
+
+def test_the_budget_fills_micro_batches_by_the_longest_row():
+    lengths = torch.tensor([10, 2, 9, 3, 2, 1, 5, 4])
+    (share,) = split_rows(lengths, 1, 1, max_tokens=20)
+    assert [part.tolist() for part in lengths[share.rows].split(share.sizes)] == [[10, 9], [5, 4, 3, 2], [2, 1]]
+    first, second = split_rows(lengths, 2, 1, max_tokens=20)  # three parts: the largest is halved, so that each rank has two
+    assert [part.tolist() for part in lengths[first.rows].split(first.sizes)] == [[10], [5, 4, 3, 2]]
+    assert [part.tolist() for part in lengths[second.rows].split(second.sizes)] == [[9], [2, 1]]
+
+
+def test_a_wide_budget_changes_nothing():
+    lengths = torch.randint(1, 100, (16,), generator=torch.Generator().manual_seed(0))
+    for without, wide in zip(split_rows(lengths, 2, 2), split_rows(lengths, 2, 2, 10_000), strict=True):
+        assert torch.equal(without.rows, wide.rows)
+        assert without.sizes == wide.sizes
+
+
+class Recorder:
+    """In the place of an actor's handle: notes the order in which it is called."""
+
+    def __init__(self) -> None:
+        self.calls = []
+
+    def __getattr__(self, method):
+        def remote(*arguments):
+            self.calls.append((method, *arguments))
+            time.sleep(0)  # let the other thread in
+
+        return SimpleNamespace(remote=remote)
+
+
+def test_threads_that_share_an_order_call_every_rank_in_the_same_one():
+    ranks, order = [Recorder() for _ in range(3)], Lock()
+
+    def call(method: str) -> None:
+        for number in range(300):
+            submit(ranks, method, [(number,)] * 3, order)
+
+    threads = [Thread(target=call, args=(method,)) for method in ("step", "score")]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    sys.setswitchinterval(interval)
+    assert len(ranks[0].calls) == 600
+    assert ranks[0].calls == ranks[1].calls == ranks[2].calls
+    assert ranks[0].calls != sorted(ranks[0].calls)  # the threads did take turns
+
+
+@pytest.mark.parametrize(("rows", "actors"), [(8, 2), (7, 2), (5, 4), (3, 4), (2, 4), (1, 3)])
+def test_every_rank_scores_as_many_rows_and_each_answer_comes_back_once(rows, actors, monkeypatch):
+    shares = []
+
+    def score(batch: TensorDict) -> torch.Tensor:
+        shares.append(len(batch))
+        return 2.0 * batch["tokens"]
+
+    monkeypatch.setattr("grpo.pools.get_all", lambda calls, timeout_s, doing: list(calls.values()))
+    tokens = torch.arange(rows * 3).view(rows, 3)
+    batch = TensorDict({k: tokens for k in ("tokens", "prompt_length", "response_mask")}, batch_size=[rows])
+    actor = SimpleNamespace(score=SimpleNamespace(remote=score))
+    assert torch.equal(ReferencePool([actor] * actors, 1.0, "training", Lock()).score(batch), 2.0 * tokens)
+    assert shares == [-(-rows // actors)] * actors
 
 
 def test_rows_of_similar_length_share_a_micro_batch_and_ranks_take_turns():
     lengths = torch.tensor([5, 80, 7, 79, 40, 6, 41, 8])
     first, second = split_rows(lengths, num_ranks=2, num_micro_batches=2)
-    assert lengths[first].tolist() == [80, 79, 8, 7]
-    assert lengths[second].tolist() == [41, 40, 6, 5]
+    assert lengths[first.rows].tolist() == [80, 79, 8, 7]
+    assert lengths[second.rows].tolist() == [41, 40, 6, 5]
 
 
 def test_padding_is_never_more_than_in_order_of_arrival():
     lengths = torch.randint(1, 1000, (64,), generator=torch.Generator().manual_seed(1))
-    padded = sum(int(part.max()) * len(part) for part in lengths[split_rows(lengths, 1, 8)[0]].chunk(8))
+    padded = sum(int(part.max()) * len(part) for part in lengths[split_rows(lengths, 1, 8)[0].rows].chunk(8))
     in_order = sum(int(part.max()) * len(part) for part in lengths.chunk(8))
     assert padded < 0.7 * in_order
 

@@ -10,7 +10,7 @@ def test_the_reference_scores_response_tokens_as_its_model_does_under_the_temper
     batch = ragged_rollouts()
     with torch.no_grad():
         log_probs, _ = token_log_probs(model, batch["tokens"], 1, 0.7)
-    actor = ReferenceActor(model_path, "eager", "cpu", 0.7)
+    actor = ReferenceActor(model_path, "eager", "cpu", 0.7, "none")
     actor.start()
     scored = actor.score(batch.select("tokens", "prompt_length", "response_mask"))
     assert torch.allclose(scored, torch.where(batch["response_mask"], log_probs, 0.0), atol=1e-5)

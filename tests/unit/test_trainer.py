@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -9,12 +10,21 @@ import pytest
 import ray
 import torch
 import torch.distributed as dist
+from peft import PeftModel
 from tensordict import TensorDict
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from grpo.config import ObjectiveConfig, OptimizerConfig, TrainConfig
+from grpo.config import LoraConfig, ObjectiveConfig, OptimizerConfig, TrainConfig, TrainModelConfig
 from grpo.errors import TrainingError
-from grpo.models import full_parameters, load_model, token_log_probs
+from grpo.models import (
+    add_lora,
+    base_parameters,
+    full_parameters,
+    load_model,
+    lora_layers,
+    token_log_probs,
+)
+from grpo.reference import ReferenceActor
 from grpo.trainer import TrainerActor, TrainerSpec
 from grpo.transports import SharedMemoryReceiver
 from grpo.weight_sync import checksum, probe_vector
@@ -30,7 +40,7 @@ class OneRank(TrainerActor):
 
     def step(self, batch: TensorDict, with_log_probs: bool = False):
         parts, update = self.spec.train.gradient_accumulation_steps, bool(batch["advantage"].any())
-        return super().step(batch, parts, update, len(batch), with_log_probs)
+        return super().step(batch, [len(batch) // parts] * parts, update, len(batch), with_log_probs)
 
 
 @pytest.fixture
@@ -46,13 +56,23 @@ def make_trainer(model_path, monkeypatch):
                 trainer.sender.unlink()
             dist.destroy_process_group()
 
-    def make(optimizer: OptimizerConfig = LARGE_STEPS, uses_reference: bool = True, **train) -> TrainerActor:
+    def make(
+        optimizer: OptimizerConfig = LARGE_STEPS,
+        uses_reference: bool = True,
+        train_model: TrainModelConfig | None = None,
+        seed: int = 0,
+        model: str = model_path,
+        device: str = "cpu",
+        **train,
+    ) -> TrainerActor:
         stop()
         spec = TrainerSpec(
-            model=model_path,
+            model=model,
             attn_implementation="eager",
-            device="cpu",
+            device=device,
             temperature=0.9,
+            seed=seed,
+            train_model=train_model or TrainModelConfig(),
             objective=ObjectiveConfig(),
             train=TrainConfig(**(PENALTIES | train)),
             optimizer=optimizer,
@@ -304,3 +324,260 @@ def test_the_exported_model_reloads_with_the_stepped_weights(make_trainer, batch
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert tokenizer("1+2=3")["input_ids"] == AutoTokenizer.from_pretrained(trainer.spec.model)("1+2=3")["input_ids"]
     trainer.step(batch)  # exporting leaves the trainer able to go on
+
+
+TOLERANCE = {"bf16": 0.12, "fp16": 0.015}  # of a gradient, relative to its norm, for 8 and 11 bits and weights this wild
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_rounds_the_passes_and_keeps_weights_and_optimiser_in_float32(make_trainer, batch, precision):
+    # Ratios of 1, far from where the clip cuts gradients off.
+    _, batch["inference_log_probs"] = make_trainer().step(batch, with_log_probs=True)
+    trainer = make_trainer()
+    start = weights(trainer)
+    exact, exact_log_probs = trainer.step(batch, with_log_probs=True)
+    gradient = {name: start[name] - tensor for name, tensor in weights(trainer).items()}
+    norm = math.sqrt(sum(float(g.square().sum()) for g in gradient.values()))
+    trainer = make_trainer(mixed_precision=precision)
+    metrics = {"train/overflows": 1}
+    while metrics.get("train/overflows"):  # until fp16 has found its scale
+        metrics, log_probs = trainer.step(batch, with_log_probs=True)
+    after = weights(trainer)
+    error = math.sqrt(sum(float((start[name] - after[name] - g).square().sum()) for name, g in gradient.items()))
+    assert 1e-5 < error / norm < TOLERANCE[precision]  # it is rounded, and it is the gradient
+    assert 1e-5 < (log_probs - exact_log_probs).abs().max() < 10 * TOLERANCE[precision]
+    assert log_probs.dtype == torch.float32
+    assert metrics["train/grad_norm"] == pytest.approx(exact["train/grad_norm"], rel=TOLERANCE[precision])
+    assert metrics["train/loss"] == pytest.approx(exact["train/loss"], rel=TOLERANCE[precision])
+    assert {tensor.dtype for tensor in after.values()} == {torch.float32}
+    trainer = make_trainer(OptimizerConfig(name="adamw", lr=1e-3), mixed_precision=precision)
+    while trainer.step(batch)[0].get("train/overflows"):
+        pass
+    states = [tensor for state in trainer.optimizer.state.values() for tensor in state.values()]
+    assert len(states) > 0
+    assert {tensor.dtype for tensor in states} == {torch.float32}
+
+
+@pytest.mark.parametrize("precision", ["none", "bf16", "fp16"])
+def test_the_reference_rounds_as_the_trainer_does(make_trainer, batch, model_path, precision):
+    trainer = make_trainer(mixed_precision=precision)
+    reference = ReferenceActor(model_path, "eager", "cpu", 0.9, precision)
+    reference.start()
+    batch["reference_log_probs"] = reference.score(batch)
+    assert batch["reference_log_probs"].dtype == torch.float32
+    metrics, log_probs = trainer.step(batch, with_log_probs=True)
+    assert torch.allclose(log_probs, batch["reference_log_probs"], atol=1e-5)
+    assert abs(metrics["train/kl_to_reference"]) < 1e-6
+
+
+def test_weights_are_whole_and_unrounded_after_a_step_that_left_them(make_trainer, batch):
+    trainer = make_trainer(mixed_precision="bf16")
+    description, _, dtype = trainer.open_pushes("shared_memory", "float32", 1, 5.0)
+    assert dtype == "bfloat16"
+    receiver = SharedMemoryReceiver(description, "the engine", 0, CPU)
+    trainer.join_pushes()
+    start = weights(trainer)
+    batch["advantage"] = torch.zeros(8)
+    trainer.step(batch)
+    trainer.push(1)
+    assert largest_difference(dict(receiver.receive(1)), start) == 0
+    assert any(bool((tensor != tensor.bfloat16()).any()) for tensor in start.values())
+
+
+def test_the_scale_is_a_metric_of_fp16_alone(make_trainer, batch):
+    batch["advantage"] *= 0.01
+    for precision, present in (("none", False), ("bf16", False), ("fp16", True)):
+        metrics, _ = make_trainer(kl_to_ref_coeff=0.0, mixed_precision=precision).step(batch)
+        assert ("train/grad_scale" in metrics) is ("train/overflows" in metrics) is present
+    assert (metrics["train/grad_scale"], metrics["train/overflows"]) == (2**16, 0)
+
+
+def test_an_overflow_skips_the_step_lowers_the_scale_and_is_counted(make_trainer, batch):
+    trainer = make_trainer(OptimizerConfig(name="adamw", lr=0.1, weight_decay=0.1, warmup_steps=4), mixed_precision="fp16")
+    start = weights(trainer)
+    large = batch.clone().update({"advantage": 1e6 * batch["advantage"]})
+    for overflows in (1, 2):
+        metrics, _ = trainer.step(large)
+        assert (metrics["train/overflows"], metrics["train/grad_norm"]) == (1, 0)
+        assert metrics["train/grad_scale"] == 2.0 ** (16 - overflows)
+        assert all(torch.equal(tensor, start[name]) for name, tensor in weights(trainer).items())
+    assert not trainer.optimizer.state
+    metrics, _ = trainer.step(batch)  # the scale stays lowered, and the schedule begins only now
+    assert (metrics["train/overflows"], metrics["train/grad_scale"], metrics["train/lr"]) == (0, 2**14, 0.1 / 4)
+    assert metrics["train/grad_norm"] > 0
+    assert largest_difference(weights(trainer), start) > 1e-3
+
+
+def test_gradients_that_overflow_at_any_scale_end_in_an_error(make_trainer, batch):
+    trainer = make_trainer(mixed_precision="fp16")
+    start = weights(trainer)
+    broken = batch.clone().update({"inference_log_probs": batch["inference_log_probs"] - 1e4})
+    for _ in range(16):
+        trainer.step(broken)
+    with pytest.raises(TrainingError, match=r"train.mixed_precision \(fp16\): gradients overflow even when scaled by 0.5"):
+        trainer.step(broken)
+    assert all(torch.equal(tensor, start[name]) for name, tensor in weights(trainer).items())
+
+
+LORA = LoraConfig(enabled=True, r=4, alpha=8.0)
+
+
+@pytest.mark.parametrize("lora", [LoraConfig(), LORA, replace(LORA, dropout=0.3)], ids=["whole", "lora", "dropout"])
+@pytest.mark.parametrize("precision", ["none", "bf16"])
+def test_checkpointing_runs_layers_again_saves_less_and_changes_nothing(make_trainer, batch, lora, precision):
+    results = {}
+    for on in (False, True):
+        trainer = make_trainer(
+            train_model=TrainModelConfig(gradient_checkpointing=on, lora=lora),
+            mixed_precision=precision,
+            gradient_accumulation_steps=2,
+        )
+        runs, saved = [], {}
+        for module in trainer.model.modules():
+            if type(module).__name__ == "Qwen2MLP":
+                module.register_forward_pre_hook(lambda *_: runs.append(1))  # noqa: B023
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()  # noqa: B023
+            return tensor
+
+        first, _ = trainer.step(batch)
+        after = weights(trainer)
+        assert len(runs) == 2 * 2 * (2 if on else 1)  # micro-batches, layers, passes
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            trainer._loss(batch)
+        results[on] = after, first, sum(saved.values())
+    assert largest_difference(results[True][0], results[False][0]) == 0
+    assert results[True][1] == results[False][1]
+    assert results[True][2] < 0.6 * results[False][2]
+
+
+def test_checkpointing_leaves_dropout_off(tmp_path, make_trainer, batch, model_path):
+    config = AutoConfig.from_pretrained(model_path)
+    config.attention_dropout = 0.5
+    shutil.copytree(model_path, tmp_path / "model")
+    config.save_pretrained(tmp_path / "model")
+    results = []
+    for path in (model_path, str(tmp_path / "model")):
+        trainer = make_trainer(train_model=TrainModelConfig(gradient_checkpointing=True), model=path)
+        trainer.step(batch)
+        results.append(weights(trainer))
+    assert largest_difference(*results) == 0
+
+
+def base_weights(trainer: TrainerActor) -> dict[str, torch.Tensor]:
+    return {name: parameter.full_tensor().clone() for name, parameter in base_parameters(trainer.model)}
+
+
+@pytest.mark.parametrize("precision", ["none", "bf16"])
+def test_lora_trains_the_adapters_and_publishes_and_exports_them_merged(
+    make_trainer, batch, tmp_path, model_path, precision
+):
+    optimizer = OptimizerConfig(name="adamw", lr=0.05, warmup_steps=0)
+    trainer = make_trainer(optimizer, train_model=TrainModelConfig(lora=LORA), mixed_precision=precision)
+    receiver = SharedMemoryReceiver(**trainer.weights_description())
+    trainer.weights_mapped()
+    plain = dict(load_model(model_path, CPU).named_parameters())
+    assert largest_difference(weights(trainer), plain) == 0
+    for _ in range(3):
+        trainer.step(batch)
+    assert largest_difference(base_weights(trainer), plain) == 0
+    merged = weights(trainer)
+    assert largest_difference(merged, plain) > 1e-2
+    # The optimiser knows the adapters alone: an A and a B for each of 7 linear layers in 2 layers.
+    assert len(trainer.optimizer.state) == len(trainer.trainable) == 2 * 7 * 2
+    trainer.publish()
+    assert largest_difference(dict(receiver.parameters()), merged) == 0
+    trainer.export(tmp_path / "model")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    assert type(reloaded).__name__ == "Qwen2ForCausalLM"
+    assert reloaded.config.architectures == ["Qwen2ForCausalLM"]
+    assert largest_difference(dict(reloaded.named_parameters()), merged) == 0
+    assert reloaded.lm_head.weight is reloaded.model.embed_tokens.weight
+    adapter = PeftModel.from_pretrained(load_model(model_path, CPU), tmp_path / "adapter").eval()
+    inputs = {"input_ids": batch["tokens"], "use_cache": False}
+    with torch.no_grad():
+        expected, ours = reloaded.eval()(**inputs).logits, adapter(**inputs).logits
+    assert torch.allclose(ours, expected, atol=1e-4)
+    assert (load_model(model_path, CPU)(**inputs).logits - expected).abs().max() > 0.1
+    trainer.step(batch)  # exporting leaves the trainer able to go on
+
+
+def test_the_first_lora_step_is_gradient_descent_on_the_adapters(make_trainer, batch, model_path):
+    trainer = make_trainer(replace(LARGE_STEPS, lr=0.1), train_model=TrainModelConfig(lora=LORA), seed=7)
+    start = weights(trainer)
+    trainer.step(batch)
+    model = add_lora(load_model(model_path, CPU, "eager"), LORA, 7)
+    plain_loss(model, batch).backward()
+    # B is 0 at first: A has no gradient, and W + 2 B A moves by -0.1 x 2 (dL/dB) A.
+    for name, layer in lora_layers(model.get_base_model()):
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        moved = weights(trainer)[f"{name}.weight"] - start[f"{name}.weight"]
+        assert not a.grad.any()
+        assert b.grad.abs().max() > 1e-4
+        assert torch.allclose(moved, -0.2 * b.grad @ a, atol=1e-6)
+
+
+def test_the_trainer_scores_the_reference_without_its_adapters(make_trainer, batch, model_path):
+    reference = ReferenceActor(model_path, "eager", "cpu", 0.9, "none")
+    reference.start()
+    expected = reference.score(batch)
+    dropout = TrainModelConfig(lora=replace(LORA, dropout=0.2), gradient_checkpointing=True)
+    trainer = make_trainer(OptimizerConfig(name="adamw", lr=0.05, warmup_steps=0), train_model=dropout)
+    assert torch.equal(trainer.score(batch), expected)
+    for _ in range(2):
+        trainer.step(batch)
+    assert torch.equal(trainer.score(batch), expected)
+    scored = trainer.score(batch)
+    assert not scored.requires_grad
+    _, log_probs = trainer.step(batch, with_log_probs=True)
+    assert (log_probs - expected).abs().max() > 0.1
+
+
+def test_scoring_between_steps_leaves_the_training_as_it_was(make_trainer, batch):
+    results = []
+    for scores in (False, True):
+        trainer = make_trainer(train_model=TrainModelConfig(lora=LORA), mixed_precision="bf16")
+        for _ in range(2):
+            if scores:
+                trainer.score(batch)
+            trainer.step(batch)
+        if scores:
+            trainer.score(batch)
+        results.append(weights(trainer))
+    assert largest_difference(*results) == 0
+
+
+def test_lora_dropout_is_drawn_from_the_seed_and_only_while_updating(make_trainer, batch):
+    def run(dropout: float, seed: int) -> tuple[dict, torch.Tensor]:
+        trainer = make_trainer(
+            OptimizerConfig(name="adamw", lr=0.05, warmup_steps=0),
+            train_model=TrainModelConfig(lora=replace(LORA, dropout=dropout)),
+            seed=seed,
+        )
+        torch.manual_seed(seed)  # start did it too; making the trainers of this test must not matter
+        for _ in range(2):
+            trainer.step(batch)
+        still = batch.clone().update({"advantage": torch.zeros(8)})
+        scores = [trainer.step(still, with_log_probs=True)[1] for _ in range(2)]
+        assert torch.equal(*scores)
+        return weights(trainer), scores[0]
+
+    with_dropout = run(0.5, 0)
+    assert largest_difference(run(0.5, 0)[0], with_dropout[0]) == 0
+    assert largest_difference(run(0.0, 0)[0], with_dropout[0]) > 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_gpu_gets_every_weight_and_buffer_a_layer_at_a_time(make_trainer, batch, precision):
+    train_model = TrainModelConfig(lora=LORA, gradient_checkpointing=True)
+    trainer = make_trainer(train_model=train_model, mixed_precision=precision, device="cuda")
+    tensors = [*trainer.model.parameters(), *trainer.model.buffers()]
+    assert {tensor.device.type for tensor in tensors} == {"cuda"}
+    own = make_trainer(train_model=train_model, mixed_precision=precision)
+    expected = own.score(batch)
+    trainer = make_trainer(train_model=train_model, mixed_precision=precision, device="cuda")
+    assert (trainer.score(batch) - expected).abs().max() < 1.0  # positions are rotated alike
+    metrics, _ = trainer.step(batch)
+    assert metrics["train/skipped_updates"] == 0
