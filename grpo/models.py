@@ -159,7 +159,13 @@ def checkpoint_gradients(model: PreTrainedModel | PeftModel) -> None:
     The layer's own forward is wrapped, because transformers' switch for it works in training mode alone, which would turn
     dropout on; and because FSDP's hooks then stay outside, so that nothing is gathered or cast twice.
     """
-    for layer in decoder_layers(model):
+    layers = decoder_layers(model)
+    if not layers:
+        name = type(transformers_model(model)).__name__
+        raise ConfigError(
+            f"train_model.gradient_checkpointing (true): {name} does not say which its layers are; leave it false"
+        )
+    for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 

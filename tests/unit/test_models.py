@@ -7,6 +7,7 @@ from grpo.builtin import make_config, make_tokenizer
 from grpo.errors import ConfigError
 from grpo.models import (
     check_files,
+    checkpoint_gradients,
     full_parameters,
     load_model,
     load_tokenizer,
@@ -135,6 +136,12 @@ def test_a_loaded_model_is_in_float32_and_evaluation_mode(tmp_path):
     first, second = (token_log_probs(model, tokens, 1, 1.0)[0] for _ in range(2))
     assert torch.equal(first, second)  # no dropout
     assert torch.equal(token_log_probs(model.train(), tokens, 1, 1.0)[0], first) is False
+
+
+def test_checkpointing_a_model_that_names_no_layers_is_an_error_and_not_a_switch_without_effect(model):
+    model._no_split_modules = None
+    with pytest.raises(ConfigError, match=r"train_model.gradient_checkpointing \(true\): Qwen2ForCausalLM does not say"):
+        checkpoint_gradients(model)
 
 
 def test_full_parameters_lists_tied_weights_once_under_their_transformers_names(model, model_path):

@@ -11,6 +11,7 @@ import ray
 import torch
 import torch.distributed as dist
 from peft import PeftModel
+from safetensors.torch import load_file
 from tensordict import TensorDict
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -326,13 +327,15 @@ def test_the_exported_model_reloads_with_the_stepped_weights(make_trainer, batch
     trainer.step(batch)  # exporting leaves the trainer able to go on
 
 
-TOLERANCE = {"bf16": 0.12, "fp16": 0.015}  # of a gradient, relative to its norm, for 8 and 11 bits and weights this wild
+# For 8 and 11 bits, and for weights this wild: of a gradient relative to its norm, and of a log-prob in nats.
+TOLERANCE = {"bf16": (0.12, 0.3), "fp16": (0.015, 0.04)}
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_rounds_the_passes_and_keeps_weights_and_optimiser_in_float32(make_trainer, batch, precision):
     # Ratios of 1, far from where the clip cuts gradients off.
     _, batch["inference_log_probs"] = make_trainer().step(batch, with_log_probs=True)
+    relative, nats = TOLERANCE[precision]
     trainer = make_trainer()
     start = weights(trainer)
     exact, exact_log_probs = trainer.step(batch, with_log_probs=True)
@@ -344,11 +347,11 @@ def test_mixed_precision_rounds_the_passes_and_keeps_weights_and_optimiser_in_fl
         metrics, log_probs = trainer.step(batch, with_log_probs=True)
     after = weights(trainer)
     error = math.sqrt(sum(float((start[name] - after[name] - g).square().sum()) for name, g in gradient.items()))
-    assert 1e-5 < error / norm < TOLERANCE[precision]  # it is rounded, and it is the gradient
-    assert 1e-5 < (log_probs - exact_log_probs).abs().max() < 10 * TOLERANCE[precision]
+    assert 1e-5 < error / norm < relative  # it is rounded, and it is the gradient
+    assert 1e-5 < (log_probs - exact_log_probs).abs().max() < nats
     assert log_probs.dtype == torch.float32
-    assert metrics["train/grad_norm"] == pytest.approx(exact["train/grad_norm"], rel=TOLERANCE[precision])
-    assert metrics["train/loss"] == pytest.approx(exact["train/loss"], rel=TOLERANCE[precision])
+    assert metrics["train/grad_norm"] == pytest.approx(exact["train/grad_norm"], rel=relative)
+    assert metrics["train/loss"] == pytest.approx(exact["train/loss"], rel=relative)
     assert {tensor.dtype for tensor in after.values()} == {torch.float32}
     trainer = make_trainer(OptimizerConfig(name="adamw", lr=1e-3), mixed_precision=precision)
     while trainer.step(batch)[0].get("train/overflows"):
@@ -566,6 +569,15 @@ def test_lora_dropout_is_drawn_from_the_seed_and_only_while_updating(make_traine
     with_dropout = run(0.5, 0)
     assert largest_difference(run(0.5, 0)[0], with_dropout[0]) == 0
     assert largest_difference(run(0.0, 0)[0], with_dropout[0]) > 1e-3
+
+
+def test_buffers_that_a_model_saves_are_exported_too(make_trainer, tmp_path):
+    trainer = make_trainer()
+    trainer.model.model.register_buffer("extra", torch.tensor([1.0, 2.0]))
+    trainer.export(tmp_path / "model")
+    state = load_file(tmp_path / "model" / "model.safetensors")
+    assert state["model.extra"].tolist() == [1.0, 2.0]
+    assert state.keys() - {"model.extra"} == weights(trainer).keys()
 
 
 @pytest.mark.gpu
