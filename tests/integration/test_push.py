@@ -155,7 +155,7 @@ def pair(
         TrainModelConfig(lora=LoraConfig(enabled=lora, r=4)),
         ObjectiveConfig(),
         TrainConfig(kl_to_ref_coeff=0.1),
-        OptimizerConfig(name="sgd", lr=0.1, warmup_steps=0, clip_grad_norm=1e9),
+        OptimizerConfig(name="sgd", lr=0.1, warmup_steps=0, clip_grad_norm=0.5),
         uses_reference=True,
     )
     spec = EngineSpec(

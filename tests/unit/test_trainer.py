@@ -473,13 +473,12 @@ def base_weights(trainer: TrainerActor) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("precision", ["none", "bf16"])
-def test_lora_trains_the_adapters_and_publishes_and_exports_them_merged(
-    make_trainer, batch, tmp_path, model_path, precision
-):
+def test_lora_trains_the_adapters_and_pushes_and_exports_them_merged(make_trainer, batch, tmp_path, model_path, precision):
     optimizer = OptimizerConfig(name="adamw", lr=0.05, warmup_steps=0)
     trainer = make_trainer(optimizer, train_model=TrainModelConfig(lora=LORA), mixed_precision=precision)
-    receiver = SharedMemoryReceiver(**trainer.weights_description())
-    trainer.weights_mapped()
+    description, _, _ = trainer.open_pushes("shared_memory", "float32", 1, 5.0)
+    receiver = SharedMemoryReceiver(description, "the engine", 0, CPU)
+    trainer.join_pushes()
     plain = dict(load_model(model_path, CPU).named_parameters())
     assert largest_difference(weights(trainer), plain) == 0
     for _ in range(3):
@@ -489,8 +488,8 @@ def test_lora_trains_the_adapters_and_publishes_and_exports_them_merged(
     assert largest_difference(merged, plain) > 1e-2
     # The optimiser knows the adapters alone: an A and a B for each of 7 linear layers in 2 layers.
     assert len(trainer.optimizer.state) == len(trainer.trainable) == 2 * 7 * 2
-    trainer.publish()
-    assert largest_difference(dict(receiver.parameters()), merged) == 0
+    trainer.push(1)
+    assert largest_difference(dict(receiver.receive(1)), merged) == 0
     trainer.export(tmp_path / "model")
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     assert type(reloaded).__name__ == "Qwen2ForCausalLM"
