@@ -41,10 +41,12 @@ class Part:
 
     def __init__(self, serve: Callable, environment: dict[str, str], *arguments) -> None:
         kept = dict(os.environ)
+        others = {name: value for name, value in kept.items() if not name.startswith(COMPUTING)}
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, *arguments), daemon=True)
-        os.environ.update(environment)
+        os.environ.clear()
+        os.environ.update(others | environment)
         try:
             self.process.start()
         finally:

@@ -11,7 +11,6 @@ pipeline's seconds over the sum of the bare parts'.
 
 import argparse
 import json
-import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -54,8 +53,10 @@ def actor_state(actor) -> dict:
     """How an actor's process computes."""
 
     def look(instance) -> dict:
+        # As the process was started: libraries change os.environ later, to no effect on themselves.
+        started_with = dict(item.split("=", 1) for item in Path("/proc/self/environ").read_text().split("\0") if "=" in item)
         return {
-            "environment": {name: value for name, value in os.environ.items() if name.startswith(COMPUTING)},
+            "environment": {name: value for name, value in started_with.items() if name.startswith(COMPUTING)},
             "threads": torch.get_num_threads(),
             "matmul_precision": torch.get_float32_matmul_precision(),
             "spec": getattr(instance, "spec", None),
@@ -180,8 +181,9 @@ def main() -> None:
         other = bare[name]["median"] if name in bare else 0.0
         rows.append([name, ours[name]["median"], other, ours[name]["median"] / other if other else "-"])
     table(["seconds a step", "pipeline", "bare parts", "ratio"], rows)
+    samples_per_s = results["samples_per_s"]["median"]
     print(
-        f"ratio {results['ratio']['median']:.3f} (median of {repeats}), {results['samples_per_s']['median']:.0f} responses/s; "
+        f"ratio {results['ratio']['median']:.3f} (median of {repeats}), {samples_per_s:.3g} responses/s; "
         f"tokens {median(results['tokens']['pipeline']):.0f} and {median(results['tokens']['bare']):.0f}; "
         f"gradients agree to {results['agreement']['grad_norm_max_relative_difference']}"
     )
