@@ -6,6 +6,7 @@ The request names the model's directory, the prompts with their answers, and the
 Nothing of the project is imported but the hashed rewards, since none of its libraries are installed there.
 """
 
+import itertools
 import json
 import re
 import sys
@@ -108,7 +109,7 @@ def main(request: dict) -> dict:
         if request["warm_up"] == 0:
             warm_up(model, tokenizer)
         trainer.train()
-    seconds = [after - before for before, after in zip(ends, ends[1:], strict=False)]
+    seconds = [after - before for before, after in itertools.pairwise(ends)]
     return {
         "seconds": seconds[request["warm_up"] :],
         "tokens": tokens[request["warm_up"] :],
