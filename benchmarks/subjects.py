@@ -59,8 +59,14 @@ def random_model() -> Path:
     base = builtin.make_tokenizer()
     vocabulary = dict(sorted(base.get_vocab().items(), key=lambda item: item[1]))
     vocabulary |= {f"w{i}": i for i in range(len(vocabulary), VOCABULARY)}
-    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], unk_token=None, eos_token=None, pad_token="<|pad|>")
-    tokenizer.add_special_tokens({"eos_token": "<|never|>"})
+    tokenizer = Qwen2Tokenizer(
+        vocab=vocabulary,
+        merges=[],
+        unk_token=None,
+        eos_token="<|never|>",
+        pad_token="<|pad|>",
+        additional_special_tokens=["<|end|>", "<|user|>", "<|assistant|>"],
+    )
     assert tokenizer.eos_token_id == VOCABULARY, tokenizer.eos_token_id
     tokenizer.chat_template = builtin.CHAT_TEMPLATE
     config = Qwen2Config(
@@ -73,7 +79,7 @@ def random_model() -> Path:
         max_position_embeddings=512,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=None,
         bos_token_id=None,
     )
     with torch.random.fork_rng(devices=[]):
