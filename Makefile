@@ -45,8 +45,18 @@ format: setup  ## ruff, mending what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup   ## the figures of README.md, written to benchmarks/results
+bench: setup .venv-peers/installed ## the figures of README.md, written to benchmarks/results
+	$(BIN)/python -m benchmarks.step --model builtin
+	$(BIN)/python -m benchmarks.step --model random50m
+	$(BIN)/python -m benchmarks.peers --model builtin
+	$(BIN)/python -m benchmarks.peers --model random50m
+	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.learning
 
+.venv-peers/installed: benchmarks/requirements_peers.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
 clean:         ## remove .venv, the cache and every run
-	rm -rf .venv .cache outputs multirun
+	rm -rf .venv .venv-peers .cache outputs multirun
