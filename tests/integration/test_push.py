@@ -145,11 +145,12 @@ def pair(
     tensor_parallel: int = 1,
     engines: int = 1,
     lora: bool = False,
+    device: str = "cpu",
 ) -> Pair:
     trainer_spec = TrainerSpec(
         model,
         "eager",
-        "cpu",
+        device,
         1.0,
         0,
         TrainModelConfig(lora=LoraConfig(enabled=lora, r=4)),
@@ -161,7 +162,7 @@ def pair(
     spec = EngineSpec(
         backend=backend,
         model=model,
-        device="cpu",
+        device=device,
         dtype="float32",
         seed=0,
         max_concurrent=8,
@@ -173,8 +174,9 @@ def pair(
         tensor_parallel_size=tensor_parallel,
     )
     environment = {"env_vars": engine_environment(spec)}
-    actors = [ray.remote(num_cpus=1, runtime_env=environment)(BreakableEngine).remote(spec) for _ in range(engines)]
-    trainer = ray.remote(num_cpus=1)(BreakableTrainer).remote(trainer_spec)
+    options = {"num_cpus": 1, "num_gpus": int(device == "cuda")}
+    actors = [ray.remote(**options, runtime_env=environment)(BreakableEngine).remote(spec) for _ in range(engines)]
+    trainer = ray.remote(**options)(BreakableTrainer).remote(trainer_spec)
     starting = [actor.start.remote() for actor in actors]
     rendezvous = ray.get(trainer.open_rendezvous.remote(), timeout=TIMEOUT_S)
     ray.get([trainer.start.remote(0, 1, rendezvous, TIMEOUT_S), *starting], timeout=TIMEOUT_S)
@@ -239,6 +241,19 @@ def test_a_vllm_engine_split_over_two_processes_holds_what_was_sent(cluster, unt
     parts = pair(untied_path, "vllm", transport, tensor_parallel=2)
     for _ in range(2):
         assert parts.probe(parts.train_and_push()) < 1e-5
+    ray.get(parts.trainer.actors[0].break_push.remote("corrupted"))
+    with pytest.raises(PushError, match=rf"version 3: tensor {MIDDLE} was changed on its way"):
+        parts.train_and_push()
+    parts.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs: NCCL joins no two processes on one")
+@pytest.mark.parametrize("backend", ["vllm", "transformers"])
+def test_pushes_between_gpus_go_over_nccl(cluster, model_path, backend):
+    parts = pair(model_path, backend, "nccl", device="cuda")
+    for _ in range(2):
+        assert parts.probe(parts.train_and_push()) < 1e-3
     ray.get(parts.trainer.actors[0].break_push.remote("corrupted"))
     with pytest.raises(PushError, match=rf"version 3: tensor {MIDDLE} was changed on its way"):
         parts.train_and_push()
