@@ -172,7 +172,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="configuration keys, key=value")
     arguments = parser.parse_args()
     warm_up, repeats = REPEATS[arguments.model]
-    warm_up, repeats = arguments.warm_up or warm_up, arguments.repeats or repeats
+    warm_up = warm_up if arguments.warm_up is None else arguments.warm_up
+    repeats = arguments.repeats or repeats
     config, results = measure(arguments.model, warm_up, repeats, arguments.overrides)
     save(arguments.name or f"step_{arguments.model}", config, results)
     ours, bare = results["pipeline_s"], results["bare_s"]

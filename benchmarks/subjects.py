@@ -34,6 +34,7 @@ def configuration(subject: str, steps: int, *overrides: str) -> RunConfig:
         chosen += [
             f"model.name={random_model()}",
             "env.num_envs=16",
+            "ray.timeout_s=3600",
             f"env.reward_fn={ROOT}/benchmarks/hashed_rewards.py:hashed",
             "inference_model.max_tokens=256",
             f"train.dialog_turns_per_batch={responses}",
