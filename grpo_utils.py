@@ -58,7 +58,9 @@ def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
         timeout_s = config.ray.timeout_s
         engines = EnginePool(actors, timeout_s)
         train = config.train
-        trainer = TrainerPool(ranks, train.gradient_accumulation_steps, train.max_tokens_per_micro_batch, timeout_s)
+        trainer = TrainerPool(
+            ranks, train.gradient_accumulation_steps, train.max_tokens_per_micro_batch, timeout_s, config.penalised
+        )
         push = connect(trainer, engines, plan.transport, config.inference_model.tensor_parallel_size, timeout_s)
         reference = None
         if config.num_references:
@@ -145,8 +147,10 @@ def _start_actors(
         tensor_parallel_size=inference.tensor_parallel_size,
     )
     engines = start("inference", InferenceActor, engine_environment(spec), spec)
-    precision = config.train.mixed_precision
-    references = start("reference", ReferenceActor, {}, model, attention, plan.device, inference.temperature, precision)
+    precision, products = config.train.mixed_precision, config.model.matmul_precision
+    references = start(
+        "reference", ReferenceActor, {}, model, attention, plan.device, inference.temperature, precision, products
+    )
     train_device = "cpu" if plan.device == "mps" else plan.device  # FSDP2 has no backend for mps
     trainer_spec = TrainerSpec(
         model,
@@ -159,6 +163,7 @@ def _start_actors(
         config.train,
         config.optimizer,
         config.uses_reference,
+        products,
     )
     trainers = start("trainer", TrainerActor, {}, trainer_spec)
     starting = named("inference", [actor.start.remote() for actor in engines])

@@ -82,6 +82,10 @@ class ModelConfig:
     name: str = "Qwen/Qwen2.5-3B-Instruct"
     cache_dir: str = ".cache"  # where builtin models are kept once made
     attn_implementation: str = "sdpa"  # of the trainer and the reference, as transformers names them
+    matmul_precision: str = "highest"  # of their float32 products; high and medium may round them to TF32 and bfloat16
+
+    def __post_init__(self) -> None:
+        _one_of("model.matmul_precision", self.matmul_precision, ("highest", "high", "medium"))
 
 
 ALL_LINEAR = "all-linear"
@@ -373,6 +377,13 @@ class RunConfig:
             return 0
         default = 0 if self.train_model.lora.enabled else 1
         return default if self.ref_model.num_devices is None else self.ref_model.num_devices
+
+    @property
+    def penalised(self) -> bool:
+        """Whether the loss has terms besides the advantages, so that rollouts without advantage carry gradient too."""
+        train = self.train
+        in_loss = self.uses_reference and train.kl_coef_in_loss
+        return in_loss or train.kl_to_inference_coeff > 0 or train.entropy_coeff > 0
 
     @property
     def num_collections(self) -> int:

@@ -37,6 +37,7 @@ from grpo.config import ALL_LINEAR, LoraConfig
 from grpo.errors import ConfigError, one_line
 
 LOGITS = 2**27  # that are scored at a time: 512 MiB in float32
+TOKENS = 2**13  # that are scored at a time: more gain nothing on a GPU, and leave a CPU's cache
 DTYPES = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of train.mixed_precision
 ADAPTER = ".lora_"  # in the names of the parameters that peft adds, and in no other
 
@@ -223,13 +224,19 @@ def score(
     response_mask: torch.Tensor,
     temperature: float,
 ) -> torch.Tensor:
-    """Log-probs [B, T] of the response tokens without gradients, so many rows at a time as LOGITS allows; 0 elsewhere."""
-    rows = max(1, LOGITS // (tokens.shape[1] * model.config.vocab_size))
-    parts = []
-    for part, lengths in zip(tokens.split(rows), prompt_length.split(rows), strict=True):
-        first = int(lengths.min())
-        parts.append(_log_probs(_response_logits(model, part, first, temperature), part, first))
-    return torch.where(response_mask, torch.cat(parts), 0.0)
+    """Log-probs [B, T] of the response tokens without gradients; 0 elsewhere.
+
+    Rows of similar length are scored together, as many at a time as TOKENS and LOGITS allow. How many passes that takes
+    depends on shapes alone, since training ranks must all run as many.
+    """
+    width = tokens.shape[1]
+    rows = max(1, min(TOKENS, LOGITS // model.config.vocab_size) // width)
+    ends = (response_mask * torch.arange(1, width + 1, device=tokens.device)).amax(1)
+    log_probs = torch.zeros(tokens.shape, device=tokens.device)
+    for mine in ends.argsort(descending=True, stable=True).split(rows):
+        part, first = tokens[mine, : int(ends[mine[0]])], int(prompt_length[mine].min())
+        log_probs[mine, : part.shape[1]] = _log_probs(_response_logits(model, part, first, temperature), part, first)
+    return torch.where(response_mask, log_probs, 0.0)
 
 
 def base_parameters(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, torch.nn.Parameter]]:

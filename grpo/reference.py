@@ -11,12 +11,21 @@ from grpo.models import DTYPES, load_model, score
 class ReferenceActor:
     """A Ray actor. `mixed_precision` is the trainer's: both round alike, and a policy still at its reference has KL 0."""
 
-    def __init__(self, model: str, attn_implementation: str, device: str, temperature: float, mixed_precision: str) -> None:
+    def __init__(
+        self,
+        model: str,
+        attn_implementation: str,
+        device: str,
+        temperature: float,
+        mixed_precision: str,
+        matmul_precision: str = "highest",
+    ) -> None:
         self.name, self.attn_implementation, self.device = model, attn_implementation, torch.device(device)
-        self.temperature, self.dtype = temperature, DTYPES[mixed_precision]
+        self.temperature, self.dtype, self.matmul_precision = temperature, DTYPES[mixed_precision], matmul_precision
 
     def start(self) -> int:
         """Load the model; returns the process id."""
+        torch.set_float32_matmul_precision(self.matmul_precision)
         self.model = load_model(self.name, self.device, self.attn_implementation, self.dtype)
         return os.getpid()
 

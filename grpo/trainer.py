@@ -62,6 +62,7 @@ class TrainerSpec:
     train: TrainConfig
     optimizer: OptimizerConfig
     uses_reference: bool
+    matmul_precision: str = "highest"
 
 
 class TrainerActor:
@@ -86,6 +87,7 @@ class TrainerActor:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         mesh = init_device_mesh(device.type, (world_size,), mesh_dim_names=("fsdp",))
         self.device = device
+        torch.set_float32_matmul_precision(spec.matmul_precision)
         torch.manual_seed(spec.seed + rank)  # for LoRA's dropout; nothing else is random here
         # Loaded on the CPU and moved a layer at a time as it is sharded: a GPU never holds the whole model in float32.
         model = load_model(spec.model, torch.device("cpu"), spec.attn_implementation)
@@ -139,24 +141,26 @@ class TrainerActor:
             return token_log_probs(self.model, row, 1, 1.0)[0][0, 1:].cpu().numpy()
 
     def step(
-        self, batch: TensorDict, sizes: list[int], update: bool, responses: int, with_log_probs: bool
+        self, batch: TensorDict, sizes: list[int], num_training: int, responses: int, with_log_probs: bool
     ) -> tuple[dict[str, float], torch.Tensor | None]:
         """One optimiser step; this rank's part of it is `batch` [B] in micro-batches of `sizes` rows, as many on each rank.
 
-        `responses` counts the rollouts of all ranks. Returns the step's metrics over all ranks and, if asked for, this
-        rank's log_probs [B, T] before the step. Without `update` the weights stay.
+        The first `num_training` of them carry gradient; the weights stay where there is none. `responses` counts the
+        rollouts of all ranks. Returns the step's metrics over all ranks and, if asked for, this rank's log_probs [B, T]
+        before the step.
         """
+        update = num_training > 0
         micro_batches = batch.to(self.device).split(sizes)
         set_lora_dropout(self.model, update)
         sums: dict[str, torch.Tensor] = {}
         log_probs = torch.zeros(batch["tokens"].shape) if with_log_probs else None
         first_row = 0
         for i, micro_batch in enumerate(micro_batches):
-            self.model.set_requires_gradient_sync(i == len(micro_batches) - 1)
+            self.model.set_requires_gradient_sync(i == num_training - 1)
             micro_batch = trim(micro_batch)
-            with torch.set_grad_enabled(update):
+            with torch.set_grad_enabled(i < num_training):
                 current, loss, totals = self._loss(micro_batch)
-            if update:
+            if i < num_training:
                 loss = loss / responses
                 (loss if self.scaler is None else self.scaler.scale(loss)).backward()
             for name, value in totals.items():

@@ -5,6 +5,7 @@ import time
 from threading import Lock, Thread
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
@@ -121,3 +122,27 @@ def test_padding_is_never_more_than_in_order_of_arrival():
 def test_several_actors_are_told_apart_by_number():
     assert list(named("inference", ["x"])) == ["the inference actor"]
     assert named("training", ["x", "y"]) == {"training actor 0": "x", "training actor 1": "y"}
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_rows_without_gradient_come_last_on_every_rank_and_no_row_is_lost(seed):
+    rng = np.random.default_rng(seed)
+    ranks, micro_batches = int(rng.integers(1, 4)), int(rng.integers(1, 4))
+    size = ranks * micro_batches * int(rng.integers(1, 7))
+    lengths = torch.from_numpy(rng.integers(1, 30, size))
+    training = torch.from_numpy(rng.random(size) < rng.choice([0.0, 0.1, 0.5, 0.9, 1.0]))
+    budget = int(rng.choice([30, 60, 10_000]))
+    shares = split_rows(lengths, ranks, micro_batches, budget, training)
+    assert sorted(torch.cat([share.rows for share in shares]).tolist()) == list(range(size))
+    assert len({(len(share.sizes), share.num_training) for share in shares}) == 1
+    num_joined = 0
+    for share in shares:
+        for i, rows in enumerate(share.rows.split(share.sizes)):
+            assert len(rows) <= size // (ranks * micro_batches)
+            assert len(rows) * int(lengths[rows].max()) <= budget
+            if i >= share.num_training:
+                assert not training[rows].any()
+            else:
+                num_joined += int((~training[rows]).sum())
+    assert num_joined < ranks
+    assert (shares[0].num_training > 0) == bool(training.any())

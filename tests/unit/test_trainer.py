@@ -41,7 +41,7 @@ class OneRank(TrainerActor):
 
     def step(self, batch: TensorDict, with_log_probs: bool = False):
         parts, update = self.spec.train.gradient_accumulation_steps, bool(batch["advantage"].any())
-        return super().step(batch, [len(batch) // parts] * parts, update, len(batch), with_log_probs)
+        return super().step(batch, [len(batch) // parts] * parts, parts * update, len(batch), with_log_probs)
 
 
 @pytest.fixture
@@ -592,3 +592,21 @@ def test_a_gpu_gets_every_weight_and_buffer_a_layer_at_a_time(make_trainer, batc
     assert (trainer.score(batch) - expected).abs().max() < 1.0  # positions are rotated alike
     metrics, _ = trainer.step(batch)
     assert metrics["train/skipped_updates"] == 0
+
+
+def test_rollouts_without_advantage_or_penalty_need_no_backward_pass(make_trainer, batch):
+    """Same weights, same metrics and log-probs as with one; only their own pass is without gradient."""
+    batch["advantage"][[0, 2, 5]] = 0.0
+    plain = {"kl_to_ref_coeff": 0.0, "kl_to_inference_coeff": 0.0, "entropy_coeff": 0.0}
+    trainer = make_trainer(**plain)
+    metrics, log_probs = trainer.step(batch, with_log_probs=True)
+    expected = weights(trainer)
+    rows = torch.tensor([1, 3, 4, 6, 7, 0, 2, 5])
+    trainer = make_trainer(**plain)
+    its_metrics, its_log_probs = TrainerActor.step(trainer, batch[rows], [3, 2, 3], 2, 8, True)
+    assert largest_difference(weights(trainer), expected) < 1e-6
+    assert its_metrics == pytest.approx(metrics, rel=1e-5, abs=1e-6)
+    assert torch.allclose(its_log_probs, log_probs[rows], atol=1e-5)
+    trainer = make_trainer(**plain)
+    TrainerActor.step(trainer, batch[rows], [3, 2, 3], 1, 8, False)  # a rollout with advantage left out does differ
+    assert largest_difference(weights(trainer), expected) > 1e-4
