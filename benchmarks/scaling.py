@@ -124,12 +124,19 @@ class ReadyTrainer:
 
     def step(self, batch, number: int, with_log_probs: bool) -> tuple[dict[str, float], None]:
         lengths = batch["prompt_length"] + batch["response_length"]
-        for mine in split_rows(lengths, 1, self.num_micro_batches):
-            self.transport(batch[mine])
+        for share in split_rows(lengths, 1, self.num_micro_batches):
+            self.transport(batch[share.rows])
         return dict(self.metrics), None
 
-    def publish(self, version: int) -> None:
+
+class ReadyPush:
+    """A WeightPush that takes no time."""
+
+    def __call__(self, version: int) -> None:
         pass
+
+    def probe(self, version: int, tokens: list[int]) -> float:
+        return 0.0
 
 
 def make_run(config: RunConfig, run_dir: Path, watch: Stopwatch) -> grpo.run.Run:
@@ -156,6 +163,7 @@ def make_run(config: RunConfig, run_dir: Path, watch: Stopwatch) -> grpo.run.Run
         data=data,
         trainer=ReadyTrainer(config, watch),
         engines=engines,
+        push=ReadyPush(),
         collector=collector,
         replay_buffer=make_replay_buffer(
             config.train.buffer_size // size, config.train.optim_batch_size // size, config.seed

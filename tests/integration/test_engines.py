@@ -27,9 +27,13 @@ class UncuredActor(InferenceActor):
     """vLLM as it would be without the cure for the tied output layer."""
 
     async def start(self) -> int:
+        from vllm.model_executor.layers.linear import LinearBase
+
         import grpo.vllm_worker
 
-        grpo.vllm_worker.refresh_tied_lm_head = lambda model: None
+        grpo.vllm_worker.packed_layers = lambda model: [
+            layer for layer in model.modules() if isinstance(layer, LinearBase) and hasattr(layer, "cpu_linear")
+        ]
         return await super().start()
 
 

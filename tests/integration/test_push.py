@@ -54,16 +54,14 @@ class BreakableEngine(InferenceActor):
         if fault == "not applied":
             vllm_worker.Transfer.receive_weights = lambda self, info: [None for _ in self.receiver.receive(info.version)]
             return
-        vllm_worker.refresh_tied_lm_head = lambda model: None
-        load = vllm_worker.Transfer.receive_weights
+        finish = vllm_worker.Transfer.finish_weight_update
 
-        def without_output_layer(self, info) -> None:
-            receive = self.receiver.receive
-            self.receiver.receive = lambda version: (pair for pair in receive(version) if pair[0] != "lm_head.weight")
-            load(self, info)
-            self.receiver.receive = receive
+        def without_output_layer(self) -> None:
+            kept = self.model.lm_head.cpu_linear
+            finish(self)
+            self.model.lm_head.cpu_linear = kept
 
-        vllm_worker.Transfer.receive_weights = without_output_layer
+        vllm_worker.Transfer.finish_weight_update = without_output_layer
 
     def _break_transformers(self, fault: str) -> None:
         engine = self.engine
