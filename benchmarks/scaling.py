@@ -109,9 +109,6 @@ class ReadyEngines:
         assert len(requests) == len(prompts)
         return Completions.concatenate([self.transport(self.completions)]).in_request_order()
 
-    def update_weights(self, version: int) -> None:
-        pass
-
 
 class ReadyTrainer:
     """A TrainerPool of one rank whose optimiser steps take no time."""

@@ -111,7 +111,7 @@ class TransformersEngine:
             self.parameters[name].copy_(tensor)
         self.policy_version = version
         held = dict(self.model.named_parameters(remove_duplicate=False))  # tied ones under each of their names
-        return Receipt(version, self.receiver.arrived, {name: checksum(held[name]) for name in self.names}, {})
+        return Receipt(version, [self.receiver.arrived], {name: checksum(held[name]) for name in self.names}, {})
 
     def reseed(self, seed: int) -> None:
         torch.manual_seed(seed)

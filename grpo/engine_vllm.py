@@ -151,7 +151,8 @@ class VLLMEngine:
         self.engine.set_weight_version(str(version))
         self._adopt(version)
         workers = self.engine.collective_rpc("held", args=(self.aliases,))
-        return Receipt(self.policy_version, workers[0][0], *combine([telling for _, telling in workers]))
+        arrived, tellings = zip(*workers, strict=True)
+        return Receipt(self.policy_version, list(arrived), *combine(list(tellings)))
 
     def _adopt(self, version: int) -> None:
         """What is sampled from now on belongs to `version`, in running requests too."""

@@ -129,21 +129,22 @@ def rollout_metrics(batch: TensorDict, trainer_version: int) -> dict[str, float]
 
 def rollout_lines(step: int, batch: TensorDict, log_probs: torch.Tensor | None) -> Iterator[dict]:
     """The lines of rollouts.jsonl for a batch; with the trainer's `log_probs` [B, T] also what belongs to its tokens."""
+    columns = {key: batch[key].tolist() for key in ("group_id", "reward", "advantage", "policy_version")}
     row = 0
     for record in batch["records"]:
         for response, grade in zip(record.responses, record.grades, strict=True):
             line = {
                 "step": step,
-                "group_id": int(batch["group_id"][row]),
+                "group_id": columns["group_id"][row],
                 "prompt": record.prompt,
                 "response": response,
                 "answer": record.answer,
-                "reward": float(batch["reward"][row]),
+                "reward": columns["reward"][row],
                 "terms": grade.terms,
                 "outcome": grade.outcome,
                 "parsed": grade.parsed,
-                "advantage": float(batch["advantage"][row]),
-                "policy_version": int(batch["policy_version"][row]),
+                "advantage": columns["advantage"][row],
+                "policy_version": columns["policy_version"][row],
             }
             if log_probs is not None:
                 mask = batch["response_mask"][row]

@@ -131,14 +131,15 @@ class GroupRecord:
 
 def collate(groups: list[TensorDict]) -> TensorDict:
     """A batch [B] from groups of shape [K, ...] and any widths, group by group; `records` holds their GroupRecords."""
-    size = max(int((group["prompt_length"] + group["response_length"]).max()) for group in groups)
+    width = max(group["tokens"].shape[1] for group in groups)
 
     def rows(key: str) -> torch.Tensor:
-        if key not in PER_TOKEN:
-            return torch.cat([group[key] for group in groups])
-        return torch.cat([pad(group[key][:, :size], (0, max(0, size - group[key].shape[1]))) for group in groups])
+        parts = [group[key] for group in groups]
+        if key in PER_TOKEN:
+            parts = [part if part.shape[1] == width else pad(part, (0, width - part.shape[1])) for part in parts]
+        return torch.cat(parts)
 
     keys = [key for key in groups[0].keys() if key != "record"]
     batch = TensorDict({key: rows(key) for key in keys})
     batch.auto_batch_size_(1)
-    return batch.set_non_tensor("records", [group["record"] for group in groups])
+    return trim(batch).set_non_tensor("records", [group["record"] for group in groups])

@@ -157,16 +157,15 @@ class Holdings:
         return self.projections[path]
 
 
-def combine(tellings: list[list[tuple[str, str, int | np.ndarray]]]) -> tuple[dict[str, int], dict[str, np.ndarray]]:
+def combine(tellings: list[list[tuple[str, str, int | np.ndarray]]]) -> tuple[dict[str, int | None], dict[str, np.ndarray]]:
     """Checksums and projections of whole tensors from what each worker told of its shard."""
-    checksums: dict[str, int] = {}
+    checksums: dict[str, int | None] = {}
     projections: dict[str, np.ndarray] = {}
     for shards in zip(*tellings, strict=True):
         name, how, first = shards[0]
         values = [value for _, _, value in shards]
         if how == "whole":
-            differing = [value for value in values if value != first]
-            checksums[name] = differing[0] if differing else first
+            checksums[name] = first if all(value == first for value in values) else None
         elif how == "part":
             checksums[name] = (sum(values) + 2**63) % 2**64 - 2**63
         else:

@@ -50,13 +50,13 @@ class Sent:
 class Receipt:
     """An engine's acknowledgement of `version`, made after it was applied.
 
-    `arrived` are checksums of what came in. `checksums` and `projections` are of what the engine now computes with, by
-    the names that the trainer uses; tied weights appear under each of their names.
+    `arrived` are checksums of what came in, for each of the engine's processes. `checksums` and `projections` are of what
+    the engine now computes with, by the names that the trainer uses; tied weights appear under each of their names.
     """
 
     version: int
-    arrived: dict[str, int]
-    checksums: dict[str, int]
+    arrived: list[dict[str, int]]
+    checksums: dict[str, int | None]  # None where its processes disagree
     projections: dict[str, np.ndarray]
 
 
@@ -177,12 +177,13 @@ def verify(sent: Sent, receipt: Receipt, engine: str, aliases: dict[str, str]) -
     if receipt.version != sent.version:
         raise PushError(f"{about}: it acknowledged version {receipt.version}")
     for name, expected in sent.checksums.items():
-        if name not in receipt.arrived:
-            raise PushError(f"{about}: tensor {name} was never received")
-        if receipt.arrived[name] != expected:
-            raise PushError(
-                f"{about}: tensor {name} was changed on its way (checksum {receipt.arrived[name]:x}, sent {expected:x})"
-            )
+        for arrived in receipt.arrived:
+            if name not in arrived:
+                raise PushError(f"{about}: tensor {name} was never received")
+            if arrived[name] != expected:
+                raise PushError(
+                    f"{about}: tensor {name} was changed on its way (checksum {arrived[name]:x}, sent {expected:x})"
+                )
     for name in [*sent.checksums, *aliases]:
         source = aliases.get(name, name)
         if name in receipt.checksums:

@@ -40,7 +40,7 @@ class Counting:
 
     def update_weights(self, version: int) -> Receipt:
         self.policy_version = version
-        return Receipt(version, {}, {}, {})
+        return Receipt(version, [], {}, {})
 
     def reseed(self, seed: int) -> None:
         self.seeds.append(seed)

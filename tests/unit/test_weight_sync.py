@@ -66,7 +66,7 @@ def pushed() -> tuple[Sent, Receipt]:
     checksums = {"layer": checksum(layer), "embedding": checksum(embedding)}
     padded = np.concatenate([projections["embedding"], np.zeros(3, np.float32)])  # as vLLM pads its vocabulary
     held = {"layer": projections["layer"] * np.float32(1 + 1e-7), "head": padded}
-    receipt = Receipt(7, dict(checksums), {"embedding": checksums["embedding"]}, held)
+    receipt = Receipt(7, [dict(checksums), dict(checksums)], {"embedding": checksums["embedding"]}, held)
     return Sent(7, checksums, projections), receipt
 
 
@@ -77,12 +77,16 @@ def test_a_receipt_of_what_was_sent_passes(pushed):
     verify(*pushed, "engine 3", TIED)
 
 
+MISSING = object()
+
+
 def of(receipt: Receipt, field: str, name: str, value) -> Receipt:
     changed = deepcopy(receipt)
-    if value is None:
-        del getattr(changed, field)[name]
+    where = changed.arrived[1] if field == "arrived" else getattr(changed, field)
+    if value is MISSING:
+        del where[name]
     else:
-        getattr(changed, field)[name] = value
+        where[name] = value
     return changed
 
 
@@ -90,13 +94,14 @@ def of(receipt: Receipt, field: str, name: str, value) -> Receipt:
     ("field", "name", "value", "message"),
     [
         ("arrived", "layer", 5, "tensor layer was changed on its way (checksum 5, sent "),
-        ("arrived", "layer", None, "tensor layer was never received"),
+        ("arrived", "layer", MISSING, "tensor layer was never received"),
         ("checksums", "embedding", 5, "tensor embedding arrived but is not what the engine computes with"),
-        ("checksums", "embedding", None, "it does not say what it holds of tensor embedding"),
+        ("checksums", "embedding", None, "tensor embedding arrived but is not what the engine computes with"),
+        ("checksums", "embedding", MISSING, "it does not say what it holds of tensor embedding"),
         ("projections", "layer", np.ones(6, np.float32), "tensor layer arrived but is not what the engine computes with"),
         ("projections", "layer", np.full(6, np.nan), "tensor layer arrived but is not what the engine computes with"),
         ("projections", "head", np.ones(8, np.float32), "tensor head arrived but is not what the engine computes with"),
-        ("projections", "head", None, "it does not say what it holds of tensor head"),
+        ("projections", "head", MISSING, "it does not say what it holds of tensor head"),
     ],
 )
 def test_a_receipt_of_anything_else_names_engine_version_and_tensor(pushed, field, name, value, message):
@@ -113,9 +118,9 @@ def test_an_update_as_small_as_a_training_steps_shows_in_a_projection(pushed):
     x = probe_vector(1024)
     sent = Sent(1, {"layer": 0}, {"layer": (new @ x).numpy()})
     rounded = torch.stack([(new[:, i::8] * x[i::8]).sum(1) for i in range(8)]).sum(0)  # the same in another order
-    verify(sent, Receipt(1, {"layer": 0}, {}, {"layer": rounded.numpy()}), "engine", {})
+    verify(sent, Receipt(1, [{"layer": 0}], {}, {"layer": rounded.numpy()}), "engine", {})
     with pytest.raises(PushError, match="tensor layer arrived but is not what"):
-        verify(sent, Receipt(1, {"layer": 0}, {}, {"layer": (old @ x).numpy()}), "engine", {})
+        verify(sent, Receipt(1, [{"layer": 0}], {}, {"layer": (old @ x).numpy()}), "engine", {})
 
 
 def test_an_engine_that_acknowledges_another_version_is_named(pushed):
