@@ -77,7 +77,7 @@ def test_bad_input_ends_in_one_clear_line(case, tmp_path, model_path):
     overrides = [override.format(tmp=tmp_path) for override in overrides]
     start = time.monotonic()
     run = subprocess.run(
-        command(*overrides, f"hydra.run.dir={tmp_path}/run"), cwd=ROOT, capture_output=True, text=True, timeout=60
+        command(*overrides, f"hydra.run.dir={tmp_path}/run"), cwd=ROOT, capture_output=True, text=True, timeout=180
     )
     assert time.monotonic() - start < 30
     assert run.returncode == 1
@@ -98,7 +98,7 @@ def test_dry_run_tells_the_plan_and_starts_nothing(tmp_path):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=180,
     )
     assert run.returncode == 0, run.stderr
     for fact in ("3 of 64 responses", "192 responses", "at most 1 policy versions", "1 x inference", "1 x reference"):
@@ -113,10 +113,10 @@ def test_ctrl_c_before_the_first_step_ends_without_a_traceback(tmp_path, model_p
     time.sleep(after_s)
     started = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=10)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "Traceback" not in errors
-    _, alive = psutil.wait_procs(started, timeout=5)
+    _, alive = psutil.wait_procs(started, timeout=20)
     assert not alive
 
 
@@ -135,7 +135,7 @@ def test_ctrl_c_ends_within_ten_seconds_with_nothing_left_behind(tmp_path, model
     assert len(started) > 4  # Ray's own processes and three actors
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does
     start = time.monotonic()
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=60)
     assert time.monotonic() - start < 10
     assert process.returncode == 130
     assert "Interrupted" in errors and "Traceback" not in errors

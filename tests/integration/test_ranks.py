@@ -96,7 +96,7 @@ def trainers(model_path: str, ranks: int, train_model: TrainModelConfig, optimiz
     )
     actors = [ray.remote(num_cpus=1)(Rewinding).remote(spec) for _ in range(ranks)]
     rendezvous = ray.get(actors[0].open_rendezvous.remote(), timeout=120)
-    ray.get([actor.start.remote(rank, ranks, rendezvous, 60.0) for rank, actor in enumerate(actors)], timeout=120)
+    ray.get([actor.start.remote(rank, ranks, rendezvous, 120.0) for rank, actor in enumerate(actors)], timeout=120)
     yield actors
     for actor in actors:
         ray.kill(actor)
