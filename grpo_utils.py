@@ -134,7 +134,8 @@ def _start_actors(
         threads |= {"GOMP_SPINCOUNT": "1000"}
 
     def start(role: str, cls: type, environment: dict[str, str], *arguments) -> list[ActorHandle]:
-        options = {"num_cpus": 1, "num_gpus": plan.gpus_per_process, "runtime_env": {"env_vars": threads | environment}}
+        gpus = plan.gpus_per_process * (config.inference_model.tensor_parallel_size if role == "inference" else 1)
+        options = {"num_cpus": 1, "num_gpus": gpus, "runtime_env": {"env_vars": threads | environment}}
         return [ray.remote(**options)(cls).remote(*arguments) for _ in range(plan.roles.get(role, 0))]
 
     inference, attention = config.inference_model, config.model.attn_implementation
@@ -146,7 +147,6 @@ def _start_actors(
         seed=config.seed,
         max_concurrent=config.env.num_envs * config.env.repeats,
         max_length=config.env.max_prompt_length + inference.max_tokens,
-        temperature=inference.temperature,
         top_p=inference.top_p,
         gpu_memory_utilization=inference.gpu_memory_utilization,
         enforce_eager=inference.enforce_eager or plan.device == "cpu",
@@ -206,7 +206,8 @@ def connect(
     first, actors = trainer.actors[0], engines.actors
     dtype, *_ = ask(named("inference", [actor.weights_dtype.remote() for actor in actors]), "telling its dtype")
     num_receivers = len(actors) * processes_per_engine
-    opening = {"the first training actor": first.open_pushes.remote(transport, dtype, num_receivers, timeout_s)}
+    # Less time than the driver has: their errors say more.
+    opening = {"the first training actor": first.open_pushes.remote(transport, dtype, num_receivers, 0.8 * timeout_s)}
     description, aliases, own_dtype = ask(opening, "preparing weight pushes")[0]
     joining = {"the first training actor": first.join_pushes.remote()}
     for i, engine in enumerate(named("inference", actors)):

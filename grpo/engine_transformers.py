@@ -7,7 +7,7 @@ import torch
 from transformers import GenerationConfig
 
 from grpo.inference import EngineSpec, Request
-from grpo.models import load_model, load_tokenizer, score, token_log_probs
+from grpo.models import load_model, load_tokenizer, score, score_text
 from grpo.rollout import Completions, length_mask
 from grpo.transports import make_receiver
 from grpo.weight_sync import Receipt, checksum
@@ -102,8 +102,7 @@ class TransformersEngine:
 
     @torch.no_grad()
     def log_probs(self, tokens: list[int]) -> np.ndarray:
-        row = torch.tensor([tokens], device=self.device)
-        return token_log_probs(self.model, row, 1, 1.0)[0][0, 1:].cpu().numpy()
+        return score_text(self.model, tokens, self.device)
 
     @torch.no_grad()
     def update_weights(self, version: int) -> Receipt:

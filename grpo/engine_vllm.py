@@ -12,6 +12,7 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
+from grpo.errors import PushError, one_line
 from grpo.inference import EngineSpec, Request
 from grpo.models import kv_cache_bytes, read_config
 from grpo.rollout import Completions
@@ -24,15 +25,16 @@ CPU_BLOCK_SIZE = 32  # tokens; the smallest that vLLM has on a CPU, and short re
 
 
 def cpu_cache_bytes(spec: EngineSpec) -> int:
-    """What `max_concurrent` responses of full length need in whole blocks, with one to spare each."""
+    """What a process needs for `max_concurrent` responses of full length, in whole blocks, with one to spare each."""
     blocks = spec.max_concurrent * (math.ceil(spec.max_length / CPU_BLOCK_SIZE) + 1) + 1
-    return kv_cache_bytes(read_config(spec.model), blocks * CPU_BLOCK_SIZE, 4)
+    return kv_cache_bytes(read_config(spec.model), blocks * CPU_BLOCK_SIZE, 4) // spec.tensor_parallel_size
 
 
 class VLLMEngine:
     """`Engine` over vLLM's LLMEngine."""
 
     def __init__(self, spec: EngineSpec) -> None:
+        self.spec = spec
         on_cpu = spec.device == "cpu"
         memory = (
             {"kv_cache_memory_bytes": cpu_cache_bytes(spec), "block_size": CPU_BLOCK_SIZE}
@@ -67,10 +69,20 @@ class VLLMEngine:
 
     def connect(self, description: dict, engine: str, first_index: int, aliases: list[str]) -> list[str]:
         init_info = {"description": description, "engine": engine, "first_index": first_index}
-        self.engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": init_info})
+        self._workers("init_weight_transfer_engine", kwargs={"init_info": init_info})
         self.aliases = aliases
-        _, projections = combine([telling for _, telling in self.engine.collective_rpc("held", args=(aliases,))])
+        _, projections = combine([telling for _, telling in self._workers("held", args=(aliases,))])
         return list(projections)
+
+    def _workers(self, method: str, args: tuple = (), kwargs: dict | None = None) -> list:
+        """Call a method of every worker."""
+        try:
+            return self.engine.collective_rpc(method, args=args, kwargs=kwargs)
+        except RuntimeError as error:
+            if self.spec.tensor_parallel_size == 1:
+                raise
+            # Of an error in a process of its own, vLLM brings the text alone.
+            raise PushError(one_line(error)) from None
 
     def add(self, request: Request) -> None:
         sampling = request.sampling
@@ -147,10 +159,10 @@ class VLLMEngine:
             ("update_weights", {"update_info": {"version": version}}),
             ("finish_weight_update", {}),
         ):
-            self.engine.collective_rpc(call, kwargs=arguments)
+            self._workers(call, kwargs=arguments)
         self.engine.set_weight_version(str(version))
         self._adopt(version)
-        workers = self.engine.collective_rpc("held", args=(self.aliases,))
+        workers = self._workers("held", args=(self.aliases,))
         arrived, tellings = zip(*workers, strict=True)
         return Receipt(self.policy_version, list(arrived), *combine(list(tellings)))
 
@@ -168,4 +180,4 @@ class VLLMEngine:
 
     def reseed(self, seed: int) -> None:
         self.engine.reset_prefix_cache()  # what is cached changes the shapes computed, and so the last bits
-        self.engine.collective_rpc("reseed", args=(seed,))
+        self._workers("reseed", args=(seed,))

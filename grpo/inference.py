@@ -51,7 +51,6 @@ class EngineSpec:
     seed: int
     max_concurrent: int  # responses in flight
     max_length: int  # prompt + response, tokens
-    temperature: float  # of training samples: the one log-probs are reported under
     top_p: float
     gpu_memory_utilization: float
     enforce_eager: bool

@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from huggingface_hub import constants as hub_constants
@@ -237,6 +238,13 @@ def score(
         part, first = tokens[mine, : int(ends[mine[0]])], int(prompt_length[mine].min())
         log_probs[mine, : part.shape[1]] = _log_probs(_response_logits(model, part, first, temperature), part, first)
     return torch.where(response_mask, log_probs, 0.0)
+
+
+def score_text(model: PreTrainedModel, tokens: list[int], device: torch.device) -> np.ndarray:
+    """Log-probs [T - 1] of all tokens but the first, in nats at temperature 1, without gradients."""
+    row = torch.tensor([tokens], device=device)
+    is_scored = torch.arange(len(tokens), device=device)[None] > 0
+    return score(model, row, torch.ones(1, dtype=torch.int64, device=device), is_scored, 1.0)[0, 1:].cpu().numpy()
 
 
 def base_parameters(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, torch.nn.Parameter]]:

@@ -134,7 +134,12 @@ def make_plan(config: RunConfig) -> Plan:
             )
     processes = sum(roles.values()) + roles["inference"] * (tensor_parallel - 1)
     sharing = -(-processes // gpus) if gpus else 0  # processes on the fullest GPU
-    if gpus and tensor_parallel > 1 and sharing > 1:
+    if sharing > 1 and roles["trainer"] > 1:
+        raise ConfigError(
+            f"train_model.num_devices ({roles['trainer']}) needs a GPU for each of the run's {processes} processes, since "
+            f"training ranks cannot share one, and this machine has {gpus}: lower it, or the other num_devices"
+        )
+    if sharing > 1 and tensor_parallel > 1:
         raise ConfigError(
             f"inference_model.tensor_parallel_size ({tensor_parallel}) needs a GPU for each of the run's {processes} "
             f"processes, and this machine has {gpus}: lower it, or the num_devices"

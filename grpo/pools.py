@@ -17,7 +17,7 @@ from grpo.errors import PushError
 from grpo.inference import Request, Sampling
 from grpo.remote import get_all
 from grpo.rollout import Completions
-from grpo.weight_sync import verify
+from grpo.weight_sync import Sent, verify
 
 
 def named(role: str, values: list) -> dict[str, object]:
@@ -201,6 +201,7 @@ class WeightPush:
     aliases: dict[str, str]  # further names of tied weights, by the name that they are sent under
     dtype: str  # the coarser of the two sides'
     timeout_s: float
+    before: Sent | None = None  # the last push
 
     def __call__(self, version: int) -> None:
         """Give every engine the trainer's weights as `version`; PushError where one does not hold them afterwards."""
@@ -208,7 +209,8 @@ class WeightPush:
         answers = get_all(sending | receiving, self.timeout_s, f"pushing weights version {version}")
         sent, receipts = answers[0], answers[len(sending) :]
         for engine, receipt in zip(receiving, receipts, strict=True):
-            verify(sent, receipt, engine, self.aliases)
+            verify(sent, receipt, engine, self.aliases, self.before)
+        self.before = sent
 
     def probe(self, version: int, tokens: list[int]) -> float:
         """Compare log-probs of `tokens`: the largest over engines of the mean absolute difference, nats a token.

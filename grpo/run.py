@@ -28,6 +28,8 @@ from grpo.plot import plot_run
 from grpo.pools import EnginePool, TrainerPool, WeightPush
 from grpo.tasks import EncodedProblems, Task
 
+PROBE_TOKENS = 512  # of a probe text, at most
+
 
 @dataclass
 class Run:
@@ -84,7 +86,8 @@ class Run:
         with self.clock.phase("train"):
             metrics, log_probs = self.trainer.step(batch.exclude("records"), self.num_steps + 1, with_log_probs)
         self.num_steps += 1
-        self.probe = batch["tokens"][0, : int(batch["prompt_length"][0] + batch["response_length"][0])].tolist()
+        length = int(batch["prompt_length"][0] + batch["response_length"][0])
+        self.probe = batch["tokens"][0, : min(length - 1, PROBE_TOKENS)].tolist()  # vLLM wants room for one more
         self.samples_trained += len(batch)
         metrics |= rollout_metrics(batch, self.policy_version) | self.clock.take()
         last, self.stepped_s = self.stepped_s, self._training_clock()

@@ -31,6 +31,7 @@ from grpo.models import (
     load_model,
     load_tokenizer,
     score,
+    score_text,
     set_lora_dropout,
     shard,
     tied_names,
@@ -118,12 +119,14 @@ class TrainerActor:
         """On rank 0: prepare pushes to `num_receivers` engine processes.
 
         Returns what they need to take part, the further names of tied weights by the name that they are sent under, and
-        the dtype that this rank computes in.
+        the dtype whose rounding this rank's products have.
         """
         parameters = list(base_parameters(self.model))
         host = ray.util.get_node_ip_address()
         self.sender = make_sender(transport, host, parameters, dtype, num_receivers, timeout_s)
         own_dtype = str(DTYPES[self.spec.train.mixed_precision]).removeprefix("torch.")
+        if own_dtype == "float32":  # whose products may be rounded
+            own_dtype = {"highest": "float32", "high": "float16", "medium": "bfloat16"}[self.spec.matmul_precision]
         return self.sender.description(), tied_names(self.model), own_dtype
 
     def join_pushes(self) -> None:
@@ -136,9 +139,7 @@ class TrainerActor:
 
     def probe(self, tokens: list[int]) -> np.ndarray:
         """Log-probs [T - 1] of all tokens but the first, in nats at temperature 1. A collective."""
-        row = torch.tensor([tokens], device=self.device)
-        with torch.no_grad():
-            return token_log_probs(self.model, row, 1, 1.0)[0][0, 1:].cpu().numpy()
+        return score_text(self.model, tokens, self.device)
 
     def step(
         self, batch: TensorDict, sizes: list[int], num_training: int, responses: int, with_log_probs: bool

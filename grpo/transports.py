@@ -27,8 +27,8 @@ class SharedMemorySender(Sender):
     """One segment of the host's shared memory holds the whole model.
 
     Header, int64: [0] the last version that was sent whole, [1 + i] the version of slot i, [1 + slots + r] whether
-    receiver r has mapped the segment. The segment's name lives only until all have, so that a run that is killed later
-    leaves nothing behind.
+    receiver r has mapped the segment. It has no name that could be left behind: receivers map it through the sender's open
+    file (where there is no /proc, it has one until all of them have mapped it).
     """
 
     transport = "shared_memory"
@@ -46,7 +46,9 @@ class SharedMemorySender(Sender):
         os.truncate(descriptor, num_bytes)
         if hasattr(os, "posix_fallocate"):  # not on macOS
             os.posix_fallocate(descriptor, 0, num_bytes)
-        os.close(descriptor)
+        if os.path.isdir("/proc/self/fd"):
+            os.unlink(self.path)
+            self.path = f"/proc/{os.getpid()}/fd/{descriptor}"
         self.segment = torch.from_file(self.path, shared=True, size=num_bytes, dtype=torch.uint8)
         self.header = _header(self.segment, len(self.slots) + num_receivers)
 
@@ -67,11 +69,8 @@ class SharedMemorySender(Sender):
                     "train.weight_transport=gloo"
                 )
             time.sleep(0.01)
-        self.unlink()
-
-    def unlink(self) -> None:
-        """Remove the segment's name; the mappings stay."""
-        os.unlink(self.path)
+        if not self.path.startswith("/proc/"):
+            os.unlink(self.path)
 
     def _put(self, version: int, index: int, tensor: torch.Tensor) -> None:
         view(self.segment, self.slots[index], self.dtype).copy_(tensor)
@@ -162,20 +161,19 @@ class BroadcastSender(Sender):
 
     def join(self) -> None:
         self.broadcast = Broadcast(self.transport, self.store, 0, 1 + self.num_receivers, self.timeout_s)
-        self.bucket: list[torch.Tensor] = []
 
     def _begin(self, version: int) -> None:
+        self.bucket: dict[str, torch.Tensor] = {}
         self.broadcast(torch.tensor([version], device=self.broadcast.device))
 
     def _put(self, version: int, index: int, tensor: torch.Tensor) -> None:
-        self.bucket.append(tensor)
+        self.bucket[self.slots[index].name] = tensor
         slots = self.last.get(self.slots[index].name)
         if slots is None:
             return
         data = torch.empty(_size(slots), dtype=torch.uint8, device=self.broadcast.device)
-        for slot, waiting in zip(slots, self.bucket, strict=True):
-            view(data, slot, self.dtype, slots[0].offset).copy_(waiting)
-        self.bucket = []
+        for slot in slots:
+            view(data, slot, self.dtype, slots[0].offset).copy_(self.bucket.pop(slot.name))
         self.broadcast(data)
 
     def _end(self, version: int) -> None:

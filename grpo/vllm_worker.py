@@ -21,6 +21,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.model_executor.model_loader.reload.meta import materialize_layer, restore_layer_on_meta
+from vllm.utils.torch_utils import set_random_seed
 
 from grpo.errors import PushError
 from grpo.transports import make_receiver
@@ -95,7 +96,7 @@ class WorkerExtension:
     """Mixed into every vLLM worker; naming it makes vLLM import this module there."""
 
     def reseed(self, seed: int) -> None:
-        torch.manual_seed(seed)
+        set_random_seed(seed)  # vLLM's runners draw from torch's generator or from numpy's
 
     def held(self, aliases: list[str]) -> tuple[dict[str, int], list[tuple[str, str, int | np.ndarray]]]:
         """What came in with the last push, and what this worker now computes with.
@@ -140,10 +141,27 @@ class Holdings:
             ) from None
         if kind == "weight" and module in self.packed:
             how = "share" if isinstance(module, RowParallelLinear) else "rows"
-            return name, how, self._project(path, module)[rows].numpy()
+            projection = self._project(path, module)[rows]
+            self._check_rows(name, module, len(projection))
+            return name, how, projection.numpy()
         tensor = getattr(module, kind)[rows] if rows != slice(None) else getattr(module, kind)
+        if kind == "weight":
+            self._check_rows(name, module, len(tensor))
         is_whole = shape is not None and tensor.numel() == int(np.prod(shape))
         return name, "whole" if is_whole else "part", checksum(tensor)
+
+    def _check_rows(self, name: str, module: torch.nn.Module, held: int) -> None:
+        """Some models' weights lie transposed in vLLM (GPT-2's); sums and products would then differ for no fault."""
+        if not isinstance(module, LinearBase):
+            return
+        expected = self.rows[name]
+        if not isinstance(module, RowParallelLinear):
+            expected //= get_tensor_model_parallel_world_size()
+        if held != expected:
+            raise PushError(
+                f"tensor {name} has {held} rows in vLLM and {expected} in the trainer, so pushes to it cannot be proven: "
+                "use inference_model.backend=transformers"
+            )
 
     def _project(self, path: str, module: torch.nn.Module) -> torch.Tensor:
         """What the layer computes for the probe vector, without its bias."""

@@ -171,8 +171,12 @@ class Receiver:
         raise NotImplementedError
 
 
-def verify(sent: Sent, receipt: Receipt, engine: str, aliases: dict[str, str]) -> None:
-    """Raise PushError unless `engine` holds what was sent. `aliases`: tied names, by the name that they are sent under."""
+def verify(sent: Sent, receipt: Receipt, engine: str, aliases: dict[str, str], before: Sent | None = None) -> None:
+    """Raise PushError unless `engine` holds what was sent.
+
+    `aliases`: tied names, by the name that they are sent under. With the push `before` this one, a projection must also be
+    nearer to the new weights' than to theirs: a step may be smaller than what rounding is allowed.
+    """
     about = f"{engine}, version {sent.version}"
     if receipt.version != sent.version:
         raise PushError(f"{about}: it acknowledged version {receipt.version}")
@@ -191,7 +195,10 @@ def verify(sent: Sent, receipt: Receipt, engine: str, aliases: dict[str, str]) -
         elif name in receipt.projections:
             expected, actual = sent.projections[source], receipt.projections[name]
             actual = actual[: len(expected)]  # vLLM pads its vocabulary
-            held = np.linalg.norm(actual - expected) <= PROJECTION_TOLERANCE * np.linalg.norm(expected)
+            distance = np.linalg.norm(actual - expected)
+            held = distance <= PROJECTION_TOLERANCE * np.linalg.norm(expected)
+            if before is not None and sent.checksums[source] != before.checksums[source]:
+                held = held and distance < np.linalg.norm(actual - before.projections[source])
         else:
             raise PushError(f"{about}: it does not say what it holds of tensor {name}")
         if not held:

@@ -27,13 +27,16 @@ class UncuredActor(InferenceActor):
     """vLLM as it would be without the cure for the tied output layer."""
 
     async def start(self) -> int:
-        from vllm.model_executor.layers.linear import LinearBase
+        from grpo.vllm_worker import Transfer
 
-        import grpo.vllm_worker
+        finish = Transfer.finish_weight_update
 
-        grpo.vllm_worker.packed_layers = lambda model: [
-            layer for layer in model.modules() if isinstance(layer, LinearBase) and hasattr(layer, "cpu_linear")
-        ]
+        def all_but_the_output_layer(self) -> None:
+            kept = self.model.lm_head.cpu_linear
+            finish(self)
+            self.model.lm_head.cpu_linear = kept
+
+        Transfer.finish_weight_update = all_but_the_output_layer
         return await super().start()
 
 
@@ -74,7 +77,6 @@ def start(model_path: str, backend: str, cls=InferenceActor, **changes):
         seed=0,
         max_concurrent=64,
         max_length=128,
-        temperature=1.0,
         top_p=1.0,
         gpu_memory_utilization=0.9,
         enforce_eager=True,

@@ -165,7 +165,6 @@ def pair(
         seed=0,
         max_concurrent=8,
         max_length=64,
-        temperature=1.0,
         top_p=1.0,
         gpu_memory_utilization=0.9,
         enforce_eager=True,
@@ -242,6 +241,10 @@ def test_a_vllm_engine_split_over_two_processes_holds_what_was_sent(cluster, unt
     ray.get(parts.trainer.actors[0].break_push.remote("corrupted"))
     with pytest.raises(PushError, match=rf"version 3: tensor {MIDDLE} was changed on its way"):
         parts.train_and_push()
+    if transport == "shared_memory":
+        ray.get(parts.trainer.actors[0].break_push.remote("never sent"))
+        with pytest.raises(PushError, match=rf"the inference actor: tensor {MIDDLE} of version 4 was never sent"):
+            parts.train_and_push()
     parts.close()
 
 

@@ -138,3 +138,19 @@ def test_what_an_engine_needs_to_take_part_survives_a_trip_as_json():
     sender.join()
     sender.send(1, [("a", draw(3, 4)), ("b", draw(5))])
     assert torch.equal(dict(receiver.receive(1))["a"], draw(3, 4))
+
+
+def test_a_step_smaller_than_rounding_is_allowed_shows_beside_the_push_before():
+    """The first steps of a ramp move weights by a tenth of a small learning rate: 2e-8 here, below the tolerance."""
+    old = 0.03 * draw(512, 1024)
+    new = old + 2e-8 * draw(512, 1024, seed=1).sign()
+    x = probe_vector(1024)
+    before = Sent(1, {"layer": 0}, {"layer": (old @ x).numpy()})
+    sent = Sent(2, {"layer": 1}, {"layer": (new @ x).numpy()})
+    stale = Receipt(2, [{"layer": 1}], {}, {"layer": (old @ x).numpy()})
+    verify(sent, stale, "engine", {})  # cannot be told by itself
+    with pytest.raises(PushError, match="tensor layer arrived but is not what"):
+        verify(sent, stale, "engine", {}, before)
+    verify(sent, Receipt(2, [{"layer": 1}], {}, {"layer": (new @ x).numpy()}), "engine", {}, before)
+    unchanged = Sent(2, {"layer": 0}, {"layer": (old @ x).numpy()})
+    verify(unchanged, Receipt(2, [{"layer": 0}], {}, {"layer": (old @ x).numpy()}), "engine", {}, before)
