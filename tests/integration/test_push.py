@@ -14,7 +14,7 @@ from grpo.config import LoraConfig, ObjectiveConfig, OptimizerConfig, TrainConfi
 from grpo.errors import PushError
 from grpo.inference import EngineSpec, InferenceActor
 from grpo.launch import compose
-from grpo.pools import EnginePool, TrainerPool, WeightPush
+from grpo.pools import PROBE_TOLERANCE, EnginePool, TrainerPool, WeightPush
 from grpo.trainer import TrainerActor, TrainerSpec
 from grpo_utils import connect, engine_environment
 
@@ -36,7 +36,8 @@ class BreakableTrainer(TrainerActor):
                 if fault == "never sent":
                     return
                 tensor = tensor.clone()
-                tensor.view(torch.int32)[3, 5] ^= 1  # the last bit of one mantissa
+                bits = torch.int32 if tensor.dtype == torch.float32 else torch.int16
+                tensor.view(bits)[3, 5] ^= 1  # the last bit of one mantissa
             put(self.sender, version, index, tensor)
 
         self.sender._put = faulty if fault else put.__get__(self.sender)
@@ -144,6 +145,7 @@ def pair(
     engines: int = 1,
     lora: bool = False,
     device: str = "cpu",
+    dtype: str = "float32",
 ) -> Pair:
     trainer_spec = TrainerSpec(
         model,
@@ -161,17 +163,18 @@ def pair(
         backend=backend,
         model=model,
         device=device,
-        dtype="float32",
+        dtype=dtype,
         seed=0,
         max_concurrent=8,
         max_length=64,
         top_p=1.0,
-        gpu_memory_utilization=0.9,
+        gpu_memory_utilization=0.3,
         enforce_eager=True,
         tensor_parallel_size=tensor_parallel,
     )
     environment = {"env_vars": engine_environment(spec)}
-    options = {"num_cpus": 1, "num_gpus": int(device == "cuda")}
+    share = 1 if transport == "nccl" else 0.5  # of a GPU; NCCL joins no two processes on one
+    options = {"num_cpus": 1, "num_gpus": share if device == "cuda" else 0}
     actors = [ray.remote(**options, runtime_env=environment)(BreakableEngine).remote(spec) for _ in range(engines)]
     trainer = ray.remote(**options)(BreakableTrainer).remote(trainer_spec)
     starting = [actor.start.remote() for actor in actors]
@@ -245,6 +248,24 @@ def test_a_vllm_engine_split_over_two_processes_holds_what_was_sent(cluster, unt
         ray.get(parts.trainer.actors[0].break_push.remote("never sent"))
         with pytest.raises(PushError, match=rf"the inference actor: tensor {MIDDLE} of version 4 was never sent"):
             parts.train_and_push()
+    parts.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU on this machine")
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_bfloat16_engine_on_a_gpu_holds_what_was_sent(cluster, model_path, untied_path, tied, lora):
+    parts = pair(model_path if tied else untied_path, "vllm", lora=lora, device="cuda", dtype="bfloat16")
+    for _ in range(2):
+        assert parts.probe(parts.train_and_push()) < PROBE_TOLERANCE["bfloat16"]
+    ray.get(parts.trainer.actors[0].break_push.remote("corrupted"))
+    with pytest.raises(PushError, match=rf"version 3: tensor {MIDDLE} was changed on its way"):
+        parts.train_and_push()
+    ray.get(parts.trainer.actors[0].break_push.remote(None))
+    ray.get(parts.engines.actors[0].break_push.remote("not applied"))
+    with pytest.raises(PushError, match=r"version 4: tensor .* arrived but is not what the engine computes with"):
+        parts.train_and_push()
     parts.close()
 
 
