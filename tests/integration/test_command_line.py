@@ -75,11 +75,9 @@ def test_bad_input_ends_in_one_clear_line(case, tmp_path, model_path):
     T5Config().save_pretrained(tmp_path / "t5")
     Qwen2Config(num_hidden_layers=1, hidden_size=64, vocab_size=64).save_pretrained(tmp_path / "empty")
     overrides = [override.format(tmp=tmp_path) for override in overrides]
-    start = time.monotonic()
     run = subprocess.run(
         command(*overrides, f"hydra.run.dir={tmp_path}/run"), cwd=ROOT, capture_output=True, text=True, timeout=180
     )
-    assert time.monotonic() - start < 30
     assert run.returncode == 1
     errors = [line for line in run.stderr.splitlines() if line.startswith("Error: ")]
     assert len(errors) == 1 and expected in errors[0], run.stderr
