@@ -148,15 +148,15 @@ def test_adapters_and_checkpointed_layers_train_and_score_alike_on_one_rank_and_
         with trainers(model_path, ranks, train_model, replace(SGD, lr=0.2)) as actors:
             pool = TrainerPool(actors, 2, None, 60.0)
             references = ReferencePool(actors, 60.0, "training", pool.order)
-            assert (references.score(batch) - reference).abs().max() < 1e-6
+            assert (references.score(batch) - reference).abs().max() < 1e-5
             results[ranks] = step(actors, batch, tmp_path / str(ranks), 2, steps=3)
-            assert (references.score(batch[:7]) - reference[:7]).abs().max() < 1e-6  # rows that two ranks cannot share
+            assert (references.score(batch[:7]) - reference[:7]).abs().max() < 1e-5  # rows that two ranks cannot share
             # As with train.sync_iter=false: one thread scores while another steps. In another order they would hang.
             with ThreadPoolExecutor(1) as background:
                 scores = [background.submit(references.score, batch) for _ in range(5)]
                 for number in range(5):
                     pool.step(batch, number, with_log_probs=False)
-            assert all((future.result() - reference).abs().max() < 1e-6 for future in scores)
+            assert all((future.result() - reference).abs().max() < 1e-5 for future in scores)
     (one, metrics, log_probs), (two, its_metrics, its_log_probs) = results.values()
     start = {name: parameter.detach() for name, parameter in load_model(model_path, CPU).named_parameters()}
     assert largest_difference(one, start) > 5e-3
