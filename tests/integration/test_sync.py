@@ -37,7 +37,7 @@ def test_the_engines_log_probs_agree_with_the_trainers_after_every_push(run_sync
     run = run_sync(f"inference_model.backend={backend}")
     differences = largest_difference(run.rollouts)
     assert set(differences) == {1, 2, 3}
-    assert max(differences.values()) < 1e-5, differences
+    assert max(differences.values()) < 1e-4, differences
     assert [row["policy_version"] for row in run.metrics] == [0, 1, 2]
     # The weights did move, so that a stale engine would have been seen.
     assert run.metrics[2]["train/kl_to_reference"] > 1e-4
