@@ -1,6 +1,7 @@
 """What every benchmark does with its figures: keep all of them, show the medians."""
 
 import json
+import tempfile
 from dataclasses import asdict
 from datetime import date
 from statistics import median
@@ -21,7 +22,8 @@ def save(name: str, config: RunConfig, results: dict) -> None:
     """Write benchmarks/results/NAME.json."""
     RESULTS.mkdir(exist_ok=True)
     record = {"date": date.today().isoformat(), "machine": describe(), "config": asdict(config)} | results
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+    text = json.dumps(record, indent=2).replace(f"{ROOT}/", "").replace(tempfile.gettempdir(), "TMP")
+    (RESULTS / f"{name}.json").write_text(text + "\n")
     print(f"written to benchmarks/results/{name}.json")
 
 
