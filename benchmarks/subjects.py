@@ -7,9 +7,6 @@
 Evaluations are off. Everything else is as a user's run has it.
 """
 
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -86,13 +83,5 @@ def random_model() -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Qwen2ForCausalLM(config).float()
-    CACHE.mkdir(exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix="random50m.", dir=CACHE))
-    try:
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        os.rename(unfinished, path)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+    builtin.save(model, tokenizer, path)
     return path

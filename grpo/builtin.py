@@ -152,6 +152,11 @@ def make(path: Path, recipe: Recipe, log=print) -> None:
         tokenizer = make_tokenizer()
         model = Qwen2ForCausalLM(make_config(recipe, tokenizer)).float()
         supervise(model, tokenizer, split_expressions()["warm_up"], recipe, log)
+    save(model, tokenizer, path)
+
+
+def save(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, path: Path) -> None:
+    """Write model and tokenizer in transformers format, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f"{path.name}.", dir=path.parent))
     try:

@@ -72,6 +72,9 @@ class SharedMemorySender(Sender):
         if not self.path.startswith("/proc/"):
             os.unlink(self.path)
 
+    def _begin(self, version: int) -> None:
+        pass
+
     def _put(self, version: int, index: int, tensor: torch.Tensor) -> None:
         view(self.segment, self.slots[index], self.dtype).copy_(tensor)
         self.header[1 + index] = version

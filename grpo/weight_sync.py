@@ -14,6 +14,7 @@ A checksum is the sum of a tensor's 64-bit words modulo 2^64: any one flipped bi
 and shards of a tensor can be compared with the whole.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 
@@ -94,7 +95,7 @@ def view(data: torch.Tensor, slot: Slot, dtype: torch.dtype, first: int = 0) -> 
     return data[slot.offset - first : slot.offset - first + slot.num_bytes].view(dtype).view(slot.shape)
 
 
-class Sender:
+class Sender(ABC):
     """The trainer's end of a transport. Subclasses say how one tensor goes out."""
 
     transport: str
@@ -119,9 +120,9 @@ class Sender:
             "timeout_s": self.timeout_s,
         }
 
+    @abstractmethod
     def join(self) -> None:
         """Wait until every receiver takes part."""
-        raise NotImplementedError
 
     def send(self, version: int, parameters: Iterable[tuple[str, torch.Tensor]]) -> Sent:
         """Send every parameter, in the layout's order."""
@@ -137,17 +138,20 @@ class Sender:
         self._end(version)
         return sent
 
+    @abstractmethod
     def _begin(self, version: int) -> None:
-        pass
+        """The tensors of `version` follow."""
 
+    @abstractmethod
     def _put(self, version: int, index: int, tensor: torch.Tensor) -> None:
-        raise NotImplementedError
+        """Send the tensor of slot `index`."""
 
+    @abstractmethod
     def _end(self, version: int) -> None:
-        raise NotImplementedError
+        """Every tensor of `version` was put."""
 
 
-class Receiver:
+class Receiver(ABC):
     """An engine's end of a transport; both backends load from it."""
 
     def __init__(self, description: dict, engine: str, index: int, device: torch.device) -> None:
@@ -168,8 +172,9 @@ class Receiver:
             self.arrived[slot.name] = checksum(tensor)
             yield slot.name, tensor
 
+    @abstractmethod
     def _take(self, version: int) -> Iterator[tuple[Slot, torch.Tensor]]:
-        raise NotImplementedError
+        """Each slot with its tensor, in the layout's order, as they come in."""
 
 
 def verify(sent: Sent, receipt: Receipt, engine: str, aliases: dict[str, str], before: Sent | None = None) -> None:

@@ -197,7 +197,7 @@ def test_two_of_each_role_train_as_one_of_each_does(run_sync):
     two = run_sync(TRANSFORMERS, "train_model.num_devices=2", "inference_model.num_devices=2", "ref_model.num_devices=2")
     assert len(two.rollouts) == len(one.rollouts)
     largest = max(abs(a - b) for r in two.rollouts for a, b in zip(r["inference_log_probs"], r["log_probs"], strict=True))
-    assert largest < 1e-4  # both engines got every push
+    assert largest < 1e-5  # both engines got every push
     assert [row["policy_version"] for row in two.metrics] == [0, 1, 2]
     assert two.metrics[0]["train/kl_to_reference"] == pytest.approx(0, abs=1e-6)
     assert two.metrics[2]["train/kl_to_reference"] > 1e-4
