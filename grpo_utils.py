@@ -38,7 +38,7 @@ from grpo.trainer import TrainerActor, TrainerSpec
 def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
     """A run whose actors are up; leaving the context ends every process that it started."""
     plan = make_plan(config)
-    torch.set_num_threads(plan.threads)
+    torch.set_num_threads(max(plan.threads.values()))
     task = tasks.load(config.env)
     reward_function = load_reward_function(config.env.reward_fn) if config.env.reward_fn else None
     model = builtin.resolve(config.model.name, config.model.cache_dir)
@@ -126,17 +126,20 @@ def _start_actors(
     config: RunConfig, plan: Plan, model: str
 ) -> tuple[list[ActorHandle], list[ActorHandle], list[ActorHandle]]:
     """Start the actors side by side and wait until each has its model: (training ranks, references, engines)."""
-    threads = {"OMP_NUM_THREADS": str(plan.threads)}
+    common = {}
     if plan.device == "cpu":
         # Large tensors come from the heap, which keeps its pages: faulting them in anew costs a push a third of its time.
-        threads |= {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33), "MALLOC_ARENA_MAX": "1"}
+        common |= {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33), "MALLOC_ARENA_MAX": "1"}
         # Idle OpenMP threads spin by default, on cores that other actors compute on: pushes took four times as long.
-        threads |= {"GOMP_SPINCOUNT": "1000"}
+        common |= {"GOMP_SPINCOUNT": "30000"}
 
     def start(role: str, cls: type, environment: dict[str, str], *arguments) -> list[ActorHandle]:
+        if role not in plan.roles:
+            return []
+        environment = common | environment | {"OMP_NUM_THREADS": str(plan.threads[role])}
         gpus = plan.gpus_per_process * (config.inference_model.tensor_parallel_size if role == "inference" else 1)
-        options = {"num_cpus": 1, "num_gpus": gpus, "runtime_env": {"env_vars": threads | environment}}
-        return [ray.remote(**options)(cls).remote(*arguments) for _ in range(plan.roles.get(role, 0))]
+        options = {"num_cpus": 1, "num_gpus": gpus, "runtime_env": {"env_vars": environment}}
+        return [ray.remote(**options)(cls).remote(*arguments) for _ in range(plan.roles[role])]
 
     inference, attention = config.inference_model, config.model.attn_implementation
     spec = EngineSpec(

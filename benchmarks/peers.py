@@ -94,7 +94,7 @@ def main() -> None:
         "prompts": [problem.question for problem in problems],
         "answers": [problem.answer for problem in problems],
         "reward": "arithmetic" if config.env.reward_fn is None else "hashed",
-        "matmul_precision": "medium",
+        "matmul_precision": config.model.matmul_precision,
         "group_size": config.env.repeats,
         "responses": config.train.dialog_turns_per_batch,
         "max_tokens": config.inference_model.max_tokens,

@@ -190,31 +190,57 @@ def shard(
     return model
 
 
-def _response_logits(model: PreTrainedModel, tokens: torch.Tensor, first: int, temperature: float) -> torch.Tensor:
+def _response_logits(model: PreTrainedModel, tokens: torch.Tensor, first: int) -> torch.Tensor:
     """Float32 [B, T - first, V]: what predicts `tokens[:, first:]`. Padding is on the right, so no mask is needed."""
     kept = tokens.shape[1] - first + 1
-    return model(input_ids=tokens, logits_to_keep=kept).logits[:, :-1].float() / temperature
+    return model(input_ids=tokens, logits_to_keep=kept).logits[:, :-1].float()
 
 
-def _log_probs(logits: torch.Tensor, tokens: torch.Tensor, first: int) -> torch.Tensor:
-    chosen = tokens[:, first:]
-    negative = torch.nn.functional.cross_entropy(logits.flatten(0, 1), chosen.flatten(), reduction="none")
-    return torch.nn.functional.pad(-negative.view_as(chosen), (first, 0))
+class _LogProbsAndEntropy(torch.autograd.Function):
+    """log p(chosen) and H(p), both [N], where p = softmax(z / t) for logits z float32 [N, V] and chosen [N].
+
+    Of the size of the logits only p is kept, and each gradient is one expression of it:
+
+        t d log p(c) / dz = 1[c] - p,    t dH / dz = -p (log p + H)
+
+    Autograd's own way through log_softmax makes and fills several more, which costs a large vocabulary most of the memory.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: torch.Tensor, chosen: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+        log_p = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
+        p = log_p.exp()
+        log_probs = log_p.gather(-1, chosen[:, None])[:, 0]
+        entropy = -log_p.mul_(p).sum(-1)
+        ctx.save_for_backward(p, chosen, entropy)
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)
+        return log_probs, entropy
+
+    @staticmethod
+    def backward(ctx, to_log_probs: torch.Tensor | None, to_entropy: torch.Tensor | None) -> tuple:
+        p, chosen, entropy = ctx.saved_tensors
+        gradient = None
+        if to_log_probs is not None:
+            scaled = to_log_probs[:, None] / ctx.temperature
+            gradient = (p * -scaled).scatter_add_(-1, chosen[:, None], scaled)
+        if to_entropy is not None:
+            of_entropy = (torch.special.entr(p) - p * entropy[:, None]) * (to_entropy[:, None] / ctx.temperature)
+            gradient = of_entropy if gradient is None else gradient + of_entropy
+        return gradient, None, None
 
 
 def token_log_probs(
-    model: PreTrainedModel, tokens: torch.Tensor, first: int, temperature: float, entropy_gradient: bool = True
+    model: PreTrainedModel, tokens: torch.Tensor, first: int, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs of `tokens` [B, T] and the entropy of their distributions, from position `first` on.
 
-    Both are float32 [B, T] in nats under softmax(logits / temperature), 0 before `first` (at least 1). Without
-    `entropy_gradient` the entropy is a number only, which saves several times the logits in memory.
+    Both are float32 [B, T] in nats under softmax(logits / temperature), 0 before `first` (at least 1).
     """
-    logits = _response_logits(model, tokens, first, temperature)
-    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-        all_log_probs = logits.log_softmax(-1)
-        entropy = -(all_log_probs.exp() * all_log_probs).sum(-1)
-    return _log_probs(logits, tokens, first), torch.nn.functional.pad(entropy, (first, 0))
+    logits, chosen = _response_logits(model, tokens, first), tokens[:, first:]
+    both = _LogProbsAndEntropy.apply(logits.flatten(0, 1), chosen.flatten(), temperature)
+    log_probs, entropy = (torch.nn.functional.pad(values.view_as(chosen), (first, 0)) for values in both)
+    return log_probs, entropy
 
 
 @torch.no_grad()
@@ -236,7 +262,9 @@ def score(
     log_probs = torch.zeros(tokens.shape, device=tokens.device)
     for mine in ends.argsort(descending=True, stable=True).split(rows):
         part, first = tokens[mine, : int(ends[mine[0]])], int(prompt_length[mine].min())
-        log_probs[mine, : part.shape[1]] = _log_probs(_response_logits(model, part, first, temperature), part, first)
+        logits, chosen = _response_logits(model, part, first) / temperature, part[:, first:]
+        negative = torch.nn.functional.cross_entropy(logits.flatten(0, 1), chosen.flatten(), reduction="none")
+        log_probs[mine, first : part.shape[1]] = -negative.view_as(chosen)
     return torch.where(response_mask, log_probs, 0.0)
 
 

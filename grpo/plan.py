@@ -26,7 +26,7 @@ class Plan:
     device: str
     roles: dict[str, int]  # processes a role
     gpus_per_process: float  # below 1 where several share one
-    threads: int  # a process
+    threads: dict[str, int]  # a process of each role
     transport: str  # of weight pushes
     parameters: int
     trained: int  # of them, or the adapters' with LoRA
@@ -42,14 +42,14 @@ class Plan:
         lines = [
             f"device            {self.device}" + f", {self.gpus_per_process:.2g} GPU a process" * (self.device == "cuda"),
             *(
-                f"process           {count} x {role}, about {self.memory_bytes[role] / gib:.2f} GiB each"
+                f"process           {count} x {role}, about {self.memory_bytes[role] / gib:.2f} GiB and "
+                f"{self.threads[role]} threads each"
                 for role, count in self.roles.items()
             ),
             f"memory            about {self.total_memory_bytes / gib:.2f} GiB for "
             f"{self.parameters / 1e6:.1f} million parameters, activations not counted",
             f"trained           {self._trained(config)}",
             f"reference         {self._reference(config)}",
-            f"threads           {self.threads} a process",
             f"weight pushes     {self.transport}, probed every {config.train.probe_frequency}"
             if config.train.probe_frequency
             else f"weight pushes     {self.transport}, never probed",
@@ -151,12 +151,12 @@ def make_plan(config: RunConfig) -> Plan:
             "use a smaller model, or lower env.num_envs or inference_model.max_tokens"
         )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    busy = [count * (tensor_parallel if role == "inference" else 1) for role, count in roles.items()]
-    at_once = max(busy) if config.train.sync_iter else sum(busy)  # then engines sample while trainers optimise
+    busy = {role: count * (tensor_parallel if role == "inference" else 1) for role, count in roles.items()}
+    # In turns each role has the cores for itself; otherwise engines sample while trainers optimise.
+    threads = {role: max(1, cores // (n if config.train.sync_iter else sum(busy.values()))) for role, n in busy.items()}
     transport = config.train.weight_transport
     if transport == "auto":
         transport = "nccl" if sharing == 1 and config.inference_model.backend == "vllm" else "shared_memory"
     if transport == "nccl" and sharing != 1:
         raise ConfigError("train.weight_transport (nccl) needs a GPU of its own for each process: use shared_memory")
-    threads = max(1, cores // at_once)
     return Plan(device, roles, 1 / sharing if sharing else 0.0, threads, transport, parameters, trained, memory)

@@ -190,8 +190,9 @@ class TrainerActor:
             batch["tokens"],
             int(batch["prompt_length"].min()),
             self.spec.temperature,
-            entropy_gradient=self.spec.train.entropy_coeff > 0,
         )
+        if self.spec.train.entropy_coeff == 0:
+            entropy = entropy.detach()  # a metric only
         loss, totals = self.loss(
             log_probs,
             entropy,

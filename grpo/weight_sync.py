@@ -133,7 +133,10 @@ class Sender(ABC):
             tensor = tensor.to(self.dtype)
             sent.checksums[name] = checksum(tensor)
             if name in self.projected:
-                sent.projections[name] = (tensor.float() @ probe_vector(tensor.shape[-1]).to(tensor.device)).cpu().numpy()
+                x = probe_vector(tensor.shape[-1]).to(
+                    tensor.device
+                )  # not @: its products may be rounded (model.matmul_precision)
+                sent.projections[name] = (tensor.float() * x).sum(-1).cpu().numpy()
             self._put(version, index, tensor)
         self._end(version)
         return sent

@@ -106,9 +106,11 @@ def test_a_role_is_planned_only_where_it_is_used():
     assert without.memory_bytes.keys() == without.roles.keys()
 
 
-def test_cores_are_halved_only_where_two_roles_work_at_once():
-    both, one = plan_of("train.sync_iter=false").threads, plan_of().threads
-    assert both == max(1, one // 2)
+def test_roles_that_take_turns_have_every_core_and_others_share_them(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(12)))
+    two_engines = "inference_model.num_devices=2"
+    assert plan_of(two_engines).threads == {"trainer": 12, "inference": 6, "reference": 12}
+    assert plan_of(two_engines, "train.sync_iter=false").threads == {"trainer": 3, "inference": 3, "reference": 3}
 
 
 def test_planning_starts_and_writes_nothing(tmp_path):
