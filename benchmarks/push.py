@@ -21,7 +21,7 @@ from grpo import builtin
 from grpo.launch import compose
 from grpo_utils import build
 
-WARM_UP, REPEATS = 2, 7
+WARM_UP, REPEATS = 4, 7
 SIZES = {
     "4 MB": {"hidden_size": 128, "num_hidden_layers": 4, "intermediate_size": 384, "vocab_size": 512},
     "200 MB": {"hidden_size": 512, "num_hidden_layers": 12, "intermediate_size": 1728, "vocab_size": 16_384},

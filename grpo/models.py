@@ -314,7 +314,9 @@ def _reshard(model: torch.nn.Module) -> None:
 
 def _whole(parameter: torch.nn.Parameter) -> torch.Tensor:
     tensor = parameter.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    return tensor.full_tensor() if tensor.device_mesh.size() > 1 else tensor.to_local()  # which copies nothing
 
 
 def tied_names(model: PreTrainedModel | PeftModel) -> dict[str, str]:

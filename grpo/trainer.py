@@ -40,7 +40,7 @@ from grpo.models import (
 from grpo.objectives.grpo import grpo_loss, summarise
 from grpo.rollout import trim
 from grpo.transports import make_sender
-from grpo.weight_sync import Sent
+from grpo.weight_sync import Sent, one_thread
 
 OPTIMIZERS = {
     "adamw": lambda p, c: torch.optim.AdamW(p, lr=c.lr, weight_decay=c.weight_decay, betas=c.betas),
@@ -237,6 +237,7 @@ class TrainerActor:
             rows = batch["tokens"], batch["prompt_length"], batch["response_mask"]
             return score(self.model, *rows, self.spec.temperature).cpu()
 
+    @one_thread()
     def push(self, version: int) -> Sent | None:
         """Gather the current weights on every rank; rank 0 sends them to the engines and says what it sent."""
         if dist.get_rank() == 0:

@@ -25,7 +25,7 @@ from vllm.utils.torch_utils import set_random_seed
 
 from grpo.errors import PushError
 from grpo.transports import make_receiver
-from grpo.weight_sync import Slot, checksum, probe_vector
+from grpo.weight_sync import Slot, checksum, one_thread, probe_vector
 
 TRANSFER = "grpo"
 
@@ -73,6 +73,7 @@ class Transfer(WeightTransferEngine[InitInfo, UpdateInfo]):
                 restore_layer_on_meta(layer, info)
                 materialize_layer(layer, info)
 
+    @one_thread()
     def receive_weights(self, update_info: UpdateInfo) -> None:
         with torch.no_grad():
             self.model.load_weights(self.receiver.receive(update_info.version))

@@ -16,6 +16,7 @@ and shards of a tensor can be compared with the whole.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -80,6 +81,28 @@ def probe_vector(size: int) -> torch.Tensor:
     return torch.sin(torch.arange(1, size + 1, dtype=torch.float64) * 12.9898).float()
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Sender and receiver copy and sum at the same time: more threads get in each other's way."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def unrounded_products() -> Iterator[None]:
+    """Whatever model.matmul_precision says."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
 def make_layout(parameters: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, first: int = 0) -> list[Slot]:
     """A slot for each parameter once it has `dtype`, in order, each aligned, from byte `first` on."""
     slots, offset = [], -(-first // ALIGNMENT) * ALIGNMENT
@@ -131,13 +154,12 @@ class Sender(ABC):
         for index, ((name, tensor), slot) in enumerate(zip(parameters, self.slots, strict=True)):
             assert name == slot.name, f"parameter {name} where the layout has {slot.name}"
             tensor = tensor.to(self.dtype)
+            self._put(version, index, tensor)  # first: receivers load it meanwhile
             sent.checksums[name] = checksum(tensor)
             if name in self.projected:
-                x = probe_vector(tensor.shape[-1]).to(
-                    tensor.device
-                )  # not @: its products may be rounded (model.matmul_precision)
-                sent.projections[name] = (tensor.float() * x).sum(-1).cpu().numpy()
-            self._put(version, index, tensor)
+                x = probe_vector(tensor.shape[-1]).to(tensor.device)
+                with unrounded_products():
+                    sent.projections[name] = (tensor.float() @ x).cpu().numpy()
         self._end(version)
         return sent
 
