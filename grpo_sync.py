@@ -9,10 +9,8 @@ from grpo.launch import launch
 def train(run) -> None:
     """The algorithm. Staleness is 0; with train.sync_iter=false it is 1, since the next collection runs meanwhile."""
     for rollouts in run.collections():
-        run.replay_buffer.extend(rollouts)
-        for _ in range(run.config.train.epochs):
-            for batch in run.replay_buffer:
-                run.step(batch)
+        for batch in run.batches(rollouts):
+            run.step(batch)
         run.push_weights()
 
 
@@ -20,9 +18,9 @@ def main(config: RunConfig, run_dir: Path) -> None:
     from grpo_utils import build  # here, so that a wrong key is answered before torch is imported
 
     with build(config, run_dir) as run:
-        before = run.evaluate("test")
+        run.begin()
         train(run)
-        run.finish(before)
+        run.finish()
 
 
 if __name__ == "__main__":

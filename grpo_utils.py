@@ -4,6 +4,7 @@ Everything that can be wrong without an actor (configuration, machine, model, da
 starts.
 """
 
+import errno
 import gc
 import os
 from collections.abc import Iterator
@@ -19,16 +20,20 @@ from ray.actor import ActorHandle
 from transformers import PreTrainedTokenizerBase
 
 from grpo import builtin, tasks
+from grpo.checkpoint import Checkpoint, CheckpointWriter, newest
 from grpo.collect import Finish, GroupCollector, InferencePolicy, PromptEnv, PromptStream
 from grpo.config import RunConfig
+from grpo.errors import ConfigError
 from grpo.inference import EngineSpec, InferenceActor, Sampling
 from grpo.metrics import Clock, RunLog
 from grpo.models import check_files, load_tokenizer
 from grpo.plan import Plan, make_plan
 from grpo.pools import EnginePool, ReferencePool, TrainerPool, WeightPush, named
+from grpo.preemption import Preempted, listen
 from grpo.reference import ReferenceActor
 from grpo.remote import get, get_all
 from grpo.replay import make_replay_buffer
+from grpo.resume import write_config
 from grpo.rewards import apply_reward_function, load_reward_function
 from grpo.run import Run
 from grpo.trainer import TrainerActor, TrainerSpec
@@ -49,12 +54,16 @@ def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
         first = data["train"].problems[: config.env.repeats]
         questions, answers = [problem.question for problem in first], [problem.answer for problem in first]
         apply_reward_function(reward_function, questions, answers, answers)
+    resumed = newest(run_dir)
+    if resumed is not None:
+        check_resume(resumed, config, data["train"])
+    write_config(config, run_dir)
     stream = PromptStream(len(data["train"].problems), config.seed)
     group_size, clock = config.env.repeats, Clock()
-    num_groups = config.train.dialog_turns_per_batch // group_size
-    env = PromptEnv(num_groups, group_size, task, data["train"], stream, tokenizer, reward_function, clock)
+    env = PromptEnv(config.groups_per_collection, group_size, task, data["train"], stream, tokenizer, reward_function, clock)
     with ExitStack() as closing:
         _start_ray(config, plan, closing)
+        closing.enter_context(listen(config.train.grace_s, config.train.max_wall_time))  # Ray has taken SIGTERM for itself
         ranks, references, actors = _start_actors(config, plan, model)
         timeout_s = config.ray.timeout_s
         engines = EnginePool(actors, timeout_s)
@@ -70,12 +79,14 @@ def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
             reference = ReferencePool(ranks, timeout_s, "training", trainer.order)
         background = ThreadPoolExecutor(1, thread_name_prefix="collect")
         closing.callback(background.shutdown, wait=False, cancel_futures=True)
-        log = RunLog(run_dir, config)
-        closing.callback(log.close)
+        log = RunLog(run_dir, config, None if resumed is None else resumed.state["log"])
+        closing.callback(log.abandon)
+        writer = CheckpointWriter(run_dir, train.keep_checkpoints, trainer)
+        closing.callback(writer.close)
         # What is here lives as long as the run: looking through it again and again costs large collections a fifth.
         gc.freeze()
         closing.callback(gc.unfreeze)
-        yield Run(
+        run = Run(
             config=config,
             run_dir=run_dir,
             task=task,
@@ -85,12 +96,33 @@ def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
             engines=engines,
             push=push,
             collector=make_collector(config, env, engines, reference),
-            replay_buffer=make_replay_buffer(
-                train.buffer_size // group_size, train.optim_batch_size // group_size, config.seed
-            ),
+            replay_buffer=make_replay_buffer(train.buffer_size // group_size, train.optim_batch_size // group_size),
             background=background,
             clock=clock,
             log=log,
+            writer=writer,
+            resumed=resumed,
+        )
+        try:
+            yield run
+        except Preempted as stop:
+            stop.saved = run.save_and_end()
+            raise
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise writer.disk_error(f"metrics and rollouts could not be written to {run_dir}", error) from None
+
+
+def check_resume(checkpoint: Checkpoint, config: RunConfig, data: tasks.EncodedProblems) -> None:
+    """Raise ConfigError where `checkpoint` is of another run than `config`, or its run has nothing left to do."""
+    steps, run_dir = checkpoint.state["progress"]["num_steps"], checkpoint.path.parents[1]
+    if steps >= config.num_steps and (run_dir / "summary.json").is_file():
+        raise ConfigError(f"resume ({run_dir}): the run has ended with its step {steps}: raise train.total_dialog_turns")
+    if checkpoint.state["data"] != data.fingerprint and not config.resume_force:
+        raise ConfigError(
+            f"resume ({run_dir}): the training problems are not those of the run any more: give it its own back, or type "
+            "resume_force=true"
         )
 
 
@@ -234,6 +266,6 @@ def make_collector(
         env,
         policy=InferencePolicy(engines, env.data, sampling, config.seed, env.clock),
         dialog_turns_per_batch=train.dialog_turns_per_batch,
-        total_dialog_turns=train.total_dialog_turns,
+        total_dialog_turns=-1,  # the run counts
         postproc=Finish(env, reference, kl_in_reward),
     )

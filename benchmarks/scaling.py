@@ -136,6 +136,13 @@ class ReadyPush:
         return 0.0
 
 
+class ReadyWriter:
+    """A CheckpointWriter that has nothing to write."""
+
+    def poll(self) -> None:
+        pass
+
+
 def make_run(config: RunConfig, run_dir: Path, watch: Stopwatch) -> grpo.run.Run:
     """What grpo_utils.build makes, with both pools replaced."""
     from grpo_utils import load_data, make_collector
@@ -162,12 +169,12 @@ def make_run(config: RunConfig, run_dir: Path, watch: Stopwatch) -> grpo.run.Run
         engines=engines,
         push=ReadyPush(),
         collector=collector,
-        replay_buffer=make_replay_buffer(
-            config.train.buffer_size // size, config.train.optim_batch_size // size, config.seed
-        ),
+        replay_buffer=make_replay_buffer(config.train.buffer_size // size, config.train.optim_batch_size // size),
         background=ThreadPoolExecutor(1),
         clock=clock,
         log=log,
+        writer=ReadyWriter(),
+        resumed=None,
     )
 
 
@@ -184,6 +191,7 @@ def measure(size: int, profile: bool) -> tuple[RunConfig, dict]:
             f"env.num_envs={size // 8}",
             "train.kl_to_ref_coeff=0",
             "train.eval_frequency=0",
+            "train.checkpoint_frequency=0",
             "logging.progress=false",
         ],
     )
@@ -194,7 +202,6 @@ def measure(size: int, profile: bool) -> tuple[RunConfig, dict]:
         run = make_run(config, Path(folder), watch)
         turns = run.collections()
         collect = watch.timed(OTHER, lambda: next(turns))
-        extend = watch.timed("replay buffer", run.replay_buffer.extend)
         step = watch.timed("splitting rows, the rest of a step", run.step)
         profiler = cProfile.Profile()
         for turn in range(WARM_UP + repeats):
@@ -202,8 +209,7 @@ def measure(size: int, profile: bool) -> tuple[RunConfig, dict]:
                 profiler.enable()
             watch.seconds.clear()
             start = time.perf_counter()
-            extend(collect())
-            batches = iter(run.replay_buffer)
+            batches = run.batches(collect())
             following = watch.timed("replay buffer", lambda batches=batches: next(batches, None))
             while (batch := following()) is not None:
                 step(batch)

@@ -37,11 +37,9 @@ def pipeline_step(run, collections: Iterator) -> tuple[dict[str, float], list]:
     before, batches = dict(run.clock.total), []
     start = time.perf_counter()
     rollouts = next(collections)
-    run.replay_buffer.extend(rollouts)
-    for _ in range(run.config.train.epochs):
-        for batch in run.replay_buffer:
-            run.step(batch)
-            batches.append(batch)
+    for batch in run.batches(rollouts):
+        run.step(batch)
+        batches.append(batch)
     run.push_weights()
     seconds = {"total": time.perf_counter() - start}
     seconds |= {phase: run.clock.total[phase] - before[phase] for phase in PHASES}

@@ -24,7 +24,7 @@ VOCABULARY = 16_384
 
 def configuration(subject: str, steps: int, *overrides: str) -> RunConfig:
     """The run of `subject` that lasts `steps` collections."""
-    chosen = ["train.eval_frequency=0", "logging.progress=false", f"model.cache_dir={CACHE}"]
+    chosen = ["train.eval_frequency=0", "train.checkpoint_frequency=0", "logging.progress=false", f"model.cache_dir={CACHE}"]
     responses = 512
     if subject == "random50m":
         responses = 128

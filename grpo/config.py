@@ -224,6 +224,12 @@ class TrainConfig:
     kl_coef_in_loss: bool = True  # false: the reference term is taken off the reward
     entropy_coeff: float = 0.0
     eval_frequency: int = 0  # optimiser steps between evaluations on the validation split; 0: never
+    stop_when: int | None = None  # evaluations in a row without a better accuracy after which the run ends
+    checkpoint_frequency: int = 100  # optimiser steps between checkpoints; 0: only at the end
+    keep_checkpoints: int = 2  # the newest ones, besides the best by validation accuracy
+    grace_s: float = 120.0  # seconds within which a run that is asked to end (SIGTERM, SIGUSR1) must be saved
+    max_wall_time: float | None = None  # seconds after which the run is saved and ends, as if it had been asked to
+    max_skipped_steps: int = 10  # steps in a row whose loss or gradients are not finite, after which the run stops
     weight_transport: str = "auto"  # of pushes: shared_memory (one host), gloo, nccl (a GPU each); auto picks
     probe_frequency: int = 10  # pushes between comparisons of the trainer's and the engines' log-probs; 0: never
     logging_frequency: int = 1  # optimiser steps between points sent to Weights & Biases and TensorBoard
@@ -235,7 +241,17 @@ class TrainConfig:
         counts = ("total_dialog_turns", "dialog_turns_per_batch", "epochs", "optim_batch_size")
         _at_least("train", self, 1, *counts, "gradient_accumulation_steps", "logging_frequency")
         _at_least("train", self, 0, "kl_to_ref_coeff", "kl_to_inference_coeff", "entropy_coeff", "eval_frequency")
-        _at_least("train", self, 0, "probe_frequency")
+        _at_least("train", self, 0, "probe_frequency", "checkpoint_frequency")
+        _at_least("train", self, 1, "keep_checkpoints", "grace_s", "max_skipped_steps")
+        for name in ("stop_when", "max_wall_time"):
+            if getattr(self, name) is not None:
+                _at_least("train", self, 1, name)
+        _check(
+            self.stop_when is None or self.eval_frequency > 0,
+            "train.stop_when",
+            self.stop_when,
+            "needs train.eval_frequency above 0: it counts evaluations",
+        )
         _one_of("train.weight_transport", self.weight_transport, ("auto", "shared_memory", "gloo", "nccl"))
 
 
@@ -297,6 +313,8 @@ class RunConfig:
     seed: int = 0
     device: str = "auto"
     dry_run: bool = False
+    resume: str | None = None  # the directory of a run to go on with, or auto: the newest that did not end
+    resume_force: bool = False  # go on even where what is typed makes another run of it
     env: EnvConfig = field(default_factory=EnvConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train_model: TrainModelConfig = field(default_factory=TrainModelConfig)
@@ -390,6 +408,10 @@ class RunConfig:
         return self.train.total_dialog_turns // self.train.dialog_turns_per_batch
 
     @property
+    def groups_per_collection(self) -> int:
+        return self.train.dialog_turns_per_batch // self.env.repeats
+
+    @property
     def batches_per_collection(self) -> int:
         """Optimiser steps an epoch of one collection."""
         return self.train.dialog_turns_per_batch // self.train.optim_batch_size
@@ -411,6 +433,55 @@ class RunConfig:
 
 
 ConfigStore.instance().store(name="run", node=RunConfig)
+
+# What may be another in a resumed run, which is still the same run: keys, or sections.
+MAY_CHANGE = (
+    "resume",
+    "resume_force",
+    "dry_run",
+    "logging",
+    "ray",
+    "model.cache_dir",
+    "inference_model.gpu_memory_utilization",
+    "inference_model.num_devices",
+    "inference_model.tensor_parallel_size",
+    "ref_model.num_devices",
+    "train_model.gradient_checkpointing",
+    "train_model.num_devices",
+    *(
+        f"train.{name}"
+        for name in (
+            "checkpoint_frequency",
+            "eval_frequency",
+            "grace_s",
+            "gradient_accumulation_steps",
+            "keep_checkpoints",
+            "logging_frequency",
+            "max_skipped_steps",
+            "max_tokens_per_micro_batch",
+            "max_wall_time",
+            "probe_frequency",
+            "stop_when",
+            "total_dialog_turns",
+            "weight_transport",
+        )
+    ),
+)
+
+
+def differences(before: RunConfig, now: RunConfig) -> list[str]:
+    """Keys that make another run of it, with both values: `key (before -> now)`."""
+
+    def value(config: Any, key: str) -> Any:
+        for name in key.split("."):
+            config = getattr(config, name)
+        return config
+
+    return [
+        f"{key} ({value(before, key)} -> {value(now, key)})"
+        for key in known_keys()
+        if value(before, key) != value(now, key) and key not in MAY_CHANGE and key.split(".")[0] not in MAY_CHANGE
+    ]
 
 
 def known_keys(cls: type = RunConfig, prefix: str = "") -> list[str]:

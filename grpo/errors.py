@@ -29,6 +29,10 @@ class PushError(UserError):
     """A weight push after which an engine does not hold what the trainer sent."""
 
 
+class CheckpointError(UserError):
+    """A checkpoint that could not be written, or read."""
+
+
 class ActorError(UserError):
     """An actor that died, or did not answer by its deadline."""
 

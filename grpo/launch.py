@@ -22,9 +22,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from grpo.config import RunConfig, check_keys, from_dictconfig, readable
 from grpo.errors import ConfigError, UserError, one_line
+from grpo.resume import find_run, resumed_config
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "config"
-EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
+EXIT_ERROR = 1
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved, and to be started again with resume=; job scripts requeue on it
+EXIT_INTERRUPTED = 130
 SCRIPTS = {"sync": "grpo_sync.py", "async": "grpo_async.py"}
 
 
@@ -68,36 +71,56 @@ def deferred_interrupt() -> Iterator[None]:
 
 
 def launch(mode: str, default_config: str, main: Callable[[RunConfig, Path], None]) -> None:
-    """Run `main(config, run_dir)` under Hydra; user errors end in one line on stderr and exit code 1."""
+    """Run `main(config, run_dir)` under Hydra, or go on with the run that resume= means; the exit codes are above.
+
+    User errors end in one line on stderr.
+    """
     starting = ExitStack()
     starting.enter_context(deferred_interrupt())
     arguments = get_args_parser().parse_args()
     information = arguments.help or arguments.hydra_help or arguments.info or arguments.cfg
+    resumed = None
     try:
         if not information:
-            _check_overrides(arguments, mode, default_config)
+            resumed = _check(arguments, mode, default_config)
     except UserError as error:
         sys.exit(_report(error))
 
-    @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=default_config)
-    def run(config: DictConfig) -> None:
+    def run(config: RunConfig, run_dir: Path) -> None:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # TorchRL imports vLLM here too
-        run_dir = Path(HydraConfig.get().runtime.output_dir)
         try:
             import grpo_utils  # noqa: F401  main needs it; importing it takes seconds
-
+            from grpo.preemption import GraceOver, Preempted
+        finally:
             starting.close()
-            main(from_dictconfig(config), run_dir)
+        try:
+            main(config, run_dir)
+        except Preempted as stop:
+            again = f"{SCRIPTS[mode]} resume={run_dir}"
+            print(f"Ended by {stop} after saving {stop.saved}; it goes on with python {again}", file=sys.stderr)
+            sys.exit(EXIT_PREEMPTED)
+        except GraceOver as error:
+            _report(error)
+            sys.exit(EXIT_PREEMPTED)
         except UserError as error:
             sys.exit(_report(error))
         except KeyboardInterrupt:
             print(f"Interrupted; what was logged is in {run_dir}", file=sys.stderr)
             sys.exit(EXIT_INTERRUPTED)
 
-    run()
+    if resumed is not None:
+        run(*resumed)
+        return
+
+    @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=default_config)
+    def under_hydra(config: DictConfig) -> None:
+        run(from_dictconfig(config), Path(HydraConfig.get().runtime.output_dir))
+
+    under_hydra()
 
 
-def _check_overrides(arguments, mode: str, default_config: str) -> None:
+def _check(arguments, mode: str, default_config: str) -> tuple[RunConfig, Path] | None:
+    """Raise ConfigError for what cannot work; returns the run to go on with, if that was asked for."""
     name = arguments.config_name or default_config
     if not (CONFIG_DIR / f"{name.removesuffix('.yaml')}.yaml").is_file():
         known = ", ".join(sorted(path.stem for path in CONFIG_DIR.glob("*.yaml")))
@@ -106,6 +129,15 @@ def _check_overrides(arguments, mode: str, default_config: str) -> None:
     if arguments.multirun:  # a sweep's other values are checked when its jobs start
         overrides = [_first_of_sweep(override) for override in overrides]
     config = compose(name, overrides)
+    typed = [(parsed.key_or_group, parsed.value()) for parsed in map(_parse, overrides)]
+    of_hydra = {key: value for key, value in typed if key.split(".")[0] == "hydra"}
+    run_dir = None
+    if config.resume is not None:
+        if arguments.multirun:
+            raise ConfigError(f"resume ({config.resume}) cannot be swept over: go on with each run by itself")
+        run_dir = find_run(config.resume, of_hydra.get("hydra.run.dir"), Path("outputs"), config)
+    if run_dir is not None:
+        config = resumed_config(run_dir, [(key, value) for key, value in typed if key not in of_hydra])
     if config.mode != mode:
         raise ConfigError(f"mode ({config.mode}) must be {mode} for {SCRIPTS[mode]}: use {SCRIPTS[config.mode]}")
     from grpo.plan import make_plan  # here: torch is imported only once the keys are right
@@ -114,6 +146,7 @@ def _check_overrides(arguments, mode: str, default_config: str) -> None:
     if config.dry_run:
         print(plan.describe(config))
         sys.exit(0)
+    return None if run_dir is None else (config, run_dir)
 
 
 def _report(error: UserError) -> int:

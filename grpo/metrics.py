@@ -6,12 +6,15 @@ gets a line a response.
 
 import json
 import os
+import secrets
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import IO
 
 import torch
 from tensordict import TensorDict
@@ -52,6 +55,7 @@ METRICS = {
     "train/grad_norm": "gradient norm before clipping",
     "train/lr": "learning rate",
     "train/skipped_updates": "1 where every advantage was 0 and the weights stayed",
+    "train/not_finite": "1 where loss or gradients were not finite and the weights stayed",
     "train/overflows": "1 where gradients overflowed float16 and the weights stayed (mixed_precision=fp16)",
     "train/grad_scale": "factor that keeps gradients in float16's range (mixed_precision=fp16)",
     "buffer/staleness_max": "policy versions between sampling and training, the largest",
@@ -65,9 +69,10 @@ METRICS = {
     "time/push_s": "pushing weights to the engines",
     "time/wait_s": "waiting for a collection that runs beside training",
     "time/eval_s": "evaluating",
+    "time/checkpoint_s": "what training waited for checkpoints",
     "time/samples_per_s": "responses trained on a second, over the whole step",
 }
-PHASES = ("generate", "reward", "reference", "train", "push", "wait", "eval")
+PHASES = ("generate", "reward", "reference", "train", "push", "wait", "eval", "checkpoint")
 
 
 class Clock:
@@ -156,6 +161,20 @@ def rollout_lines(step: int, batch: TensorDict, log_probs: torch.Tensor | None) 
             row += 1
 
 
+LOGS = ("metrics.jsonl", "rollouts.jsonl")
+
+
+def _open_at(path: Path, position: int) -> IO[str]:
+    """The file opened for appending, cut to its first `position` bytes."""
+    file = open(path, "a")  # noqa: SIM115
+    size = os.fstat(file.fileno()).st_size
+    if size < position:
+        print(f"Warning: {path} has lost its last {position - size} bytes; it goes on from there", file=sys.stderr)
+    file.truncate(min(size, position))
+    file.seek(0, os.SEEK_END)
+    return file
+
+
 class RunLog:
     """Everything a run writes while it goes on.
 
@@ -163,12 +182,20 @@ class RunLog:
     stand in its line.
     """
 
-    def __init__(self, run_dir: Path, run_config: RunConfig) -> None:
+    def __init__(self, run_dir: Path, run_config: RunConfig, position: dict | None = None) -> None:
+        """With `position`, what `self.position` was, everything written after it is taken back."""
         config, self.frequency = run_config.logging, run_config.train.logging_frequency
-        self.held, self.start = None, time.time()
-        self.metrics_file = open(run_dir / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
-        self.rollouts_file = open(run_dir / "rollouts.jsonl", "a")  # noqa: SIM115
-        self.bar = tqdm(total=run_config.num_steps, unit="step", disable=not config.progress, dynamic_ncols=True)
+        position = position or {"step": 0, "seconds": 0.0, "held": None, "files": {}, "wandb": secrets.token_hex(4)}
+        self.held, self.start, self.last_step = position["held"], time.time() - position["seconds"], position["step"]
+        self.wandb_id = position["wandb"]
+        self.metrics_file, self.rollouts_file = (_open_at(run_dir / name, position["files"].get(name, 0)) for name in LOGS)
+        self.bar = tqdm(
+            total=run_config.num_steps,
+            initial=self.last_step,
+            unit="step",
+            disable=not config.progress,
+            dynamic_ncols=True,
+        )
         self.wandb = self.tensorboard = None
         name = config.run_name or "_".join(run_dir.parts[-2:])
         if config.wandb:
@@ -177,16 +204,38 @@ class RunLog:
             mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
             quiet = wandb.Settings(quiet=True, console="off")
             self.wandb = wandb.init(
-                project=config.project, name=name, mode=mode, dir=run_dir, config=asdict(run_config), settings=quiet
+                project=config.project,
+                name=name,
+                id=self.wandb_id,
+                resume="allow",
+                mode=mode,
+                dir=run_dir,
+                config=asdict(run_config),
+                settings=quiet,
             )
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = SummaryWriter(run_dir / "tensorboard")
+            self.tensorboard = SummaryWriter(run_dir / "tensorboard", purge_step=self.last_step + 1)
+
+    @property
+    def position(self) -> dict:
+        """How far everything that is written is: what a resumed run goes on from."""
+        for file in (self.metrics_file, self.rollouts_file):
+            file.flush()
+            os.fsync(file.fileno())
+        return {
+            "step": self.last_step,
+            "seconds": round(time.time() - self.start, 3),
+            "held": self.held,
+            "files": {name: file.tell() for name, file in zip(LOGS, (self.metrics_file, self.rollouts_file), strict=True)},
+            "wandb": self.wandb_id,
+        }
 
     def step(self, step: int, policy_version: int, metrics: dict[str, float]) -> None:
         """Take a step's metrics; the previous step's are written."""
         self.flush()
+        self.last_step = step
         self.held = {
             "step": step,
             "time_s": round(time.time() - self.start, 3),
@@ -218,6 +267,7 @@ class RunLog:
         unknown = record.keys() - METRICS.keys() - {"step", "time_s", "policy_version"}
         assert not unknown, f"metrics without a line in the table: {sorted(unknown)}"
         self.metrics_file.write(json.dumps(record) + "\n")
+        self.metrics_file.flush()
         if record["step"] % self.frequency == 0 or "eval/accuracy" in record:
             points = {name: value for name, value in record.items() if name in METRICS}
             if self.wandb is not None:
@@ -225,6 +275,11 @@ class RunLog:
             if self.tensorboard is not None:
                 for name, value in points.items():
                     self.tensorboard.add_scalar(name, value, record["step"])
+
+    def abandon(self) -> None:
+        """Close what `close` did not: the run has failed, and says why. A disk that is full stays so."""
+        with suppress(OSError):
+            self.close()
 
     def close(self) -> None:
         if self.metrics_file.closed:

@@ -293,7 +293,7 @@ def full_parameters(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, t
 
     A collective: every rank iterates it alike.
     """
-    _reshard(model)
+    reshard(model)
     adapted = {f"{name}.weight": layer for name, layer in lora_layers(transformers_model(model))}
     for name, parameter in base_parameters(model):
         weight = _whole(parameter)
@@ -305,7 +305,7 @@ def full_parameters(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, t
         yield name, weight
 
 
-def _reshard(model: torch.nn.Module) -> None:
+def reshard(model: torch.nn.Module) -> None:
     """After a pass without gradients FSDP leaves the root's parameters gathered, and rounded to the passes' dtype."""
     for module in model.modules():
         if isinstance(module, FSDPModule):

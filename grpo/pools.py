@@ -5,6 +5,7 @@ over the whole, and answers come back in the order of the questions.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Lock
 
 import numpy as np
@@ -40,7 +41,8 @@ class EnginePool:
             if share:
                 calls.append(actor.exchange.remote(share, len(share) * sampling.num_responses, seed + i))
         doing = f"sampling responses to {len(prompts)} prompts"
-        return Completions.concatenate(get_all(named("inference", calls), self.timeout_s, doing)).in_request_order()
+        answers = get_all(named("inference", calls), self.timeout_s, doing, can_be_left=True)
+        return Completions.concatenate(answers).in_request_order()
 
     def update_weights(self, version: int) -> dict[str, ObjectRef]:
         """Have every engine receive push `version`: its receipts to come, by the engines' names."""
@@ -65,9 +67,8 @@ class ReferencePool:
         rows = torch.arange(share * len(self.actors)).clamp(max=len(rollouts) - 1)
         shares = [(rollouts[mine],) for mine in rows.split(share)]
         calls = submit(self.actors, "score", shares, self.order)
-        return torch.cat(get_all(named(self.role, calls), self.timeout_s, f"scoring {len(rollouts)} rollouts"))[
-            : len(rollouts)
-        ]
+        doing = f"scoring {len(rollouts)} rollouts"
+        return torch.cat(get_all(named(self.role, calls), self.timeout_s, doing, can_be_left=True))[: len(rollouts)]
 
 
 def submit(actors: list[ActorHandle], method: str, arguments: list[tuple], order: Lock) -> list[ObjectRef]:
@@ -178,9 +179,24 @@ class TrainerPool:
         """Log-probs of `tokens` under the current weights, to come, by the ranks' names."""
         return named("training", submit(self.actors, "probe", [(tokens,)] * len(self.actors), self.order))
 
-    def export(self, path) -> None:
+    def save(self, path: Path) -> dict:
+        """Copy the ranks' state and have it written to the directory `path` beside training; returns its numbers."""
+        return self._all("save", (path,), "copying its state")[0]
+
+    def saved(self, wait: bool) -> bool:
+        """Whether every rank has written what `save` began."""
+        return all(self._all("saved", (wait,), "writing a checkpoint"))
+
+    def load(self, path: Path, numbers: dict) -> None:
+        """Restore the state that `save` wrote to `path`, with the numbers that it returned."""
+        self._all("load", (path, numbers), "loading a checkpoint")
+
+    def export(self, path: Path) -> None:
         """Write the model and its tokenizer in transformers format."""
-        self._call("export", [(path,)] * len(self.actors), "exporting the model")
+        self._all("export", (path,), "exporting the model")
+
+    def _all(self, method: str, arguments: tuple, doing: str) -> list:
+        return self._call(method, [arguments] * len(self.actors), doing)
 
     def _call(self, method: str, arguments: list[tuple], doing: str) -> list:
         calls = submit(self.actors, method, arguments, self.order)

@@ -12,6 +12,9 @@ from ray import ObjectRef
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayTaskError
 
 from grpo.errors import ActorError, UserError, one_line
+from grpo.preemption import REQUEST
+
+LOOK_S = 0.5  # between two looks at whether the run is asked to end
 
 
 def get(call: Any, timeout_s: float, actor: str, doing: str, key: str = "ray.timeout_s") -> Any:
@@ -34,12 +37,22 @@ def get(call: Any, timeout_s: float, actor: str, doing: str, key: str = "ray.tim
         raise ActorError(f"{actor} died while {doing}: {reason[:400]}") from None
 
 
-def get_all(calls: dict[str, ObjectRef], timeout_s: float, doing: str, key: str = "ray.timeout_s") -> list[Any]:
-    """The results of several actors' calls (by the actors' names) under one deadline; the first failure is raised."""
+def get_all(
+    calls: dict[str, ObjectRef], timeout_s: float, doing: str, key: str = "ray.timeout_s", can_be_left: bool = False
+) -> list[Any]:
+    """The results of several actors' calls (by the actors' names) under one deadline; the first failure is raised.
+
+    With `can_be_left` a run that is asked to end meanwhile does not wait for them (Preempted).
+    """
     waiting = {call: actor for actor, call in calls.items()}
     deadline = time.monotonic() + timeout_s
     while waiting:
-        done, _ = ray.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        left = max(0.0, deadline - time.monotonic())
+        done, _ = ray.wait(list(waiting), timeout=min(left, LOOK_S) if can_be_left else left)
+        if can_be_left:
+            REQUEST.check()
+        if not done and time.monotonic() < deadline:
+            continue
         for call in done or list(waiting)[:1]:
             get(call, timeout_s if done else 0.0, waiting.pop(call), doing, key)
     return ray.get(list(calls.values()))

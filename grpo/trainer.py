@@ -15,11 +15,13 @@ import ray
 import torch
 import torch.distributed as dist
 from tensordict import TensorDict
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from grpo import trainer_state
 from grpo.config import ObjectiveConfig, OptimizerConfig, TrainConfig, TrainModelConfig
-from grpo.errors import TrainingError
+from grpo.errors import CheckpointError, TrainingError, one_line
 from grpo.models import (
     DTYPES,
     adapters_off,
@@ -86,6 +88,7 @@ class TrainerActor:
         store = self.store if rank == 0 else dist.TCPStore(*rendezvous, is_master=False, timeout=timeout)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        self.writers = dist.new_group(backend="gloo")  # of checkpoints, whose collectives run beside training's
         mesh = init_device_mesh(device.type, (world_size,), mesh_dim_names=("fsdp",))
         self.device = device
         torch.set_float32_matmul_precision(spec.matmul_precision)
@@ -175,12 +178,17 @@ class TrainerActor:
         dist.all_reduce(totals)
         metrics = summarise(dict(zip(sums, totals.tolist(), strict=True)), responses)
         metrics["train/lr"] = self.schedule.get_last_lr()[0]
-        norm = self._optimise() if update else 0.0
+        norm = self._optimise(math.isfinite(metrics["train/loss"])) if update else 0.0
         metrics["train/skipped_updates"] = float(not update)
-        if self.scaler is not None:
-            metrics["train/overflows"] = float(not math.isfinite(norm))
-            metrics["train/grad_scale"] = self.scaler.get_scale()
         metrics["train/grad_norm"] = norm if math.isfinite(norm) else 0.0
+        # The same on every rank, since both are sums over all of them. A scaler's overflows are part of its work.
+        finite = math.isfinite(norm) and math.isfinite(metrics["train/loss"])
+        if self.scaler is not None:
+            metrics["train/overflows"] = float(not finite)
+            metrics["train/grad_scale"] = self.scaler.get_scale()
+        else:
+            metrics["train/not_finite"] = float(not finite)
+        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         set_lora_dropout(self.model, False)
         return metrics, log_probs
 
@@ -203,13 +211,13 @@ class TrainerActor:
         )
         return log_probs, loss, totals
 
-    def _optimise(self) -> float:
-        """Take the step; returns the gradient norm, which is not finite where fp16 overflowed and no step was taken."""
+    def _optimise(self, loss_is_finite: bool) -> float:
+        """Take the step, or leave the weights where loss or gradients are not finite; returns the gradient norm."""
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.trainable, self.spec.optimizer.clip_grad_norm)
         norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        finite = math.isfinite(norm)
+        finite = math.isfinite(norm) and loss_is_finite
         if self.scaler is not None:
             self.scaler.step(self.optimizer)  # which any rank's overflow prevents on all of them
             self.scaler.update()
@@ -220,8 +228,6 @@ class TrainerActor:
                 )
         elif finite:
             self.optimizer.step()
-        else:
-            raise TrainingError(f"the gradient norm is {norm}; the weights were left as they were: try a lower optimizer.lr")
         if finite:
             self.schedule.step()
         self.optimizer.zero_grad()
@@ -245,6 +251,34 @@ class TrainerActor:
         for _ in full_parameters(self.model):
             pass
         return None
+
+    def save(self, path: Path) -> dict:
+        """Copy the state, write it to the directory `path` in the background, and return what of it is numbers."""
+        self.saving = trainer_state.save(self.model, self.optimizer, path, self.writers)
+        scaler = None if self.scaler is None else self.scaler.state_dict()
+        return {"scheduled": self.schedule.last_epoch, "scaler": scaler}
+
+    def saved(self, wait: bool) -> bool:
+        """Whether what `save` began is written; CheckpointError where it could not be."""
+        if not wait and not self.saving.done():
+            return False
+        error = self.saving.exception()
+        if error is not None:
+            if isinstance(error, CheckpointException):  # what went wrong on each rank
+                error = next(iter(error.failures.values()))[0]
+            raise CheckpointError(one_line(error)[:400])
+        return True
+
+    def load(self, path: Path, numbers: dict) -> None:
+        """Restore what `save` wrote to `path` and returned."""
+        trainer_state.load(self.model, self.optimizer, path, self.writers)
+        count, schedule = numbers["scheduled"], self.schedule
+        rates = [rate * ramp(count) for rate, ramp in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+        schedule.load_state_dict(schedule.state_dict() | {"last_epoch": count, "_last_lr": rates})
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        if self.scaler is not None and numbers["scaler"] is not None:
+            self.scaler.load_state_dict(numbers["scaler"])
 
     def export(self, path: Path) -> None:
         """Write the model and its tokenizer in transformers format."""

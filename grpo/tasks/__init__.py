@@ -3,10 +3,12 @@
 A new task is one file with a `load(config: EnvConfig) -> Task`, chosen by `env.dataset=FILE_NAME`.
 """
 
+import hashlib
 import importlib
+import json
 import pkgutil
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Protocol
 
 from jinja2 import TemplateError
@@ -72,6 +74,12 @@ class EncodedProblems:
     problems: list[Problem]
     prompts: list[list[int]]
     dropped: int
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the problems and their prompts, in their order."""
+        text = json.dumps([[p.question, p.answer, prompt] for p, prompt in zip(self.problems, self.prompts, strict=True)])
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 def encode_split(

@@ -2,7 +2,7 @@ import pytest
 import torch
 from tensordict import NonTensorData, NonTensorStack, TensorDict
 
-from grpo.replay import make_replay_buffer
+from grpo.replay import make_replay_buffer, refill
 from grpo.rollout import GroupRecord, pack
 
 from .conftest import completions
@@ -37,8 +37,8 @@ def order(buffer) -> list[int]:
 
 @pytest.mark.parametrize("groups_per_batch", [1, 2, 4, 8])
 def test_a_pass_yields_every_group_once_and_whole_in_batches_of_the_size(groups_per_batch):
-    buffer = make_replay_buffer(8, groups_per_batch, seed=0)
-    buffer.extend(collection(0, 8))
+    buffer = make_replay_buffer(8, groups_per_batch)
+    refill(buffer, collection(0, 8), [0, 0])
     assert [len(batch) for batch in buffer] == [groups_per_batch * K] * (8 // groups_per_batch)
     for _ in range(3):  # epochs
         assert sorted(order(buffer)) == list(range(8))
@@ -46,8 +46,8 @@ def test_a_pass_yields_every_group_once_and_whole_in_batches_of_the_size(groups_
 
 def test_a_batch_is_trimmed_to_its_own_longest_rollout_and_keeps_its_tokens():
     whole = collection(0, 8)
-    buffer = make_replay_buffer(8, 2, seed=0)
-    buffer.extend(whole)
+    buffer = make_replay_buffer(8, 2)
+    refill(buffer, whole, [0, 0])
     for batch in buffer:
         longest = int((batch["prompt_length"] + batch["response_length"]).max())
         assert batch["tokens"].shape == (2 * K, longest)
@@ -57,10 +57,10 @@ def test_a_batch_is_trimmed_to_its_own_longest_rollout_and_keeps_its_tokens():
 
 
 def passes(seed: int) -> list[list[int]]:
-    buffer = make_replay_buffer(8, 2, seed)
+    buffer = make_replay_buffer(8, 2)
     result = []
     for first in (0, 8):
-        buffer.extend(collection(first, 8))
+        refill(buffer, collection(first, 8), [seed, first])
         result += [order(buffer), order(buffer)]
     return result
 
@@ -76,8 +76,8 @@ def test_the_order_is_shuffled_by_the_seed_alone():
 
 
 def test_a_new_collection_replaces_the_one_before():
-    buffer = make_replay_buffer(4, 2, seed=0)
+    buffer = make_replay_buffer(4, 2)
     for first in (0, 4, 8):
-        buffer.extend(collection(first, 4))
+        refill(buffer, collection(first, 4), [0, first])
         assert len(buffer) == 4
         assert sorted(order(buffer)) == list(range(first, first + 4))

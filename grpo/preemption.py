@@ -1,0 +1,87 @@
+"""Preemption: a signal, or the clock, asks the run to save what it has and to end.
+
+The request only raises a flag. The main thread answers it with `Preempted` where the run's state is whole: between two
+steps, or while it waits for work that a resumed run will do again (sampling, scoring, evaluating).
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from grpo.errors import CheckpointError
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Preempted(Exception):
+    """The run was asked to end, and its state is whole. `saved` says under which name, once it is."""
+
+    saved = ""
+
+
+class GraceOver(CheckpointError):
+    """The run was asked to end, and could not be saved in time."""
+
+
+class _Request:
+    """What this process was asked; signals go to a process, so there is one."""
+
+    reason: str | None = None
+
+    def check(self) -> None:
+        """Raise Preempted if the run was asked to end. Work beside the main thread goes on: the main thread saves it."""
+        if self.reason is not None and threading.current_thread() is threading.main_thread():
+            raise Preempted(self.reason)
+
+
+REQUEST = _Request()
+
+
+@contextmanager
+def listen(grace_s: float, max_wall_time: float | None) -> Iterator[None]:
+    """Take SIGTERM, SIGUSR1 and the end of `max_wall_time` seconds as the request to end.
+
+    A second signal raises KeyboardInterrupt, and `grace_s` seconds after the request GraceOver is raised, wherever
+    the main thread is.
+    """
+
+    def ask(reason: str) -> None:
+        REQUEST.reason = reason
+        signal.setitimer(signal.ITIMER_REAL, grace_s)
+
+    def on_signal(number: int, frame: object) -> None:
+        if os.getpid() != owner:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)  # a forked child of ours ends as it would have
+        elif REQUEST.reason is None:
+            ask(signal.Signals(number).name)
+        else:
+            raise KeyboardInterrupt
+
+    def on_clock(number: int, frame: object) -> None:
+        if REQUEST.reason is None:
+            ask("train.max_wall_time")
+        else:
+            raise GraceOver(
+                f"the run was to end ({REQUEST.reason}), and could not be saved within train.grace_s ({grace_s:g}): the "
+                "last whole checkpoint is named in checkpoints/LATEST; give it more time"
+            )
+
+    owner = os.getpid()
+    handlers = dict.fromkeys(SIGNALS, on_signal) | {signal.SIGALRM: on_clock}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    signal.setitimer(signal.ITIMER_REAL, max_wall_time or 0.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        REQUEST.reason = None
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def saved_in_time() -> None:
+    """What could be lost is on the disk: the grace period no longer matters."""
+    signal.setitimer(signal.ITIMER_REAL, 0.0)
