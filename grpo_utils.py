@@ -23,7 +23,8 @@ from grpo import builtin, tasks
 from grpo.checkpoint import Checkpoint, CheckpointWriter, newest
 from grpo.collect import Finish, GroupCollector, InferencePolicy, PromptEnv, PromptStream
 from grpo.config import RunConfig
-from grpo.errors import ConfigError
+from grpo.errors import ConfigError, RewardError
+from grpo.grading import Failed, GradingPool
 from grpo.inference import EngineSpec, InferenceActor, Sampling
 from grpo.metrics import Clock, RunLog
 from grpo.models import check_files, load_tokenizer
@@ -34,7 +35,7 @@ from grpo.reference import ReferenceActor
 from grpo.remote import get, get_all
 from grpo.replay import make_replay_buffer
 from grpo.resume import write_config
-from grpo.rewards import apply_reward_function, load_reward_function
+from grpo.rewards import load_reward_function
 from grpo.run import Run
 from grpo.trainer import TrainerActor, TrainerSpec
 
@@ -45,23 +46,23 @@ def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
     plan = make_plan(config)
     torch.set_num_threads(max(plan.threads.values()))
     task = tasks.load(config.env)
-    reward_function = load_reward_function(config.env.reward_fn) if config.env.reward_fn else None
+    if config.env.reward_fn:
+        load_reward_function(config.env.reward_fn)  # so that what is missing is said before anything starts
     model = builtin.resolve(config.model.name, config.model.cache_dir)
     check_files(model)
     tokenizer = load_tokenizer(model)
     data = load_data(config, task, tokenizer)
-    if reward_function is not None:  # a first call, so that a broken one is found before anything starts
-        first = data["train"].problems[: config.env.repeats]
-        questions, answers = [problem.question for problem in first], [problem.answer for problem in first]
-        apply_reward_function(reward_function, questions, answers, answers)
     resumed = newest(run_dir)
     if resumed is not None:
         check_resume(resumed, config, data["train"])
     write_config(config, run_dir)
     stream = PromptStream(len(data["train"].problems), config.seed)
     group_size, clock = config.env.repeats, Clock()
-    env = PromptEnv(config.groups_per_collection, group_size, task, data["train"], stream, tokenizer, reward_function, clock)
     with ExitStack() as closing:
+        limits = config.env.grading_timeout_s, config.env.reward_fn, config.env.reward_timeout_s
+        grading = closing.enter_context(GradingPool(task, config.env.grading_processes, *limits))
+        check_reward_function(grading, data["train"].problems[:group_size])
+        env = PromptEnv(config.groups_per_collection, group_size, grading, data["train"], stream, tokenizer, clock)
         _start_ray(config, plan, closing)
         closing.enter_context(listen(config.train.grace_s, config.train.max_wall_time))  # Ray has taken SIGTERM for itself
         ranks, references, actors = _start_actors(config, plan, model)
@@ -89,7 +90,7 @@ def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
         run = Run(
             config=config,
             run_dir=run_dir,
-            task=task,
+            grading=grading,
             tokenizer=tokenizer,
             data=data,
             trainer=trainer,
@@ -112,6 +113,15 @@ def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise writer.disk_error(f"metrics and rollouts could not be written to {run_dir}", error) from None
+
+
+def check_reward_function(grading: GradingPool, problems: list[tasks.Problem]) -> None:
+    """A first call of the user's function, so that a broken one is found before anything else starts."""
+    if grading.reward_function is not None:
+        questions, answers = [problem.question for problem in problems], [problem.answer for problem in problems]
+        found = grading.reward([(questions, answers, answers)])[0]
+        if isinstance(found, Failed):
+            raise RewardError(found.note)
 
 
 def check_resume(checkpoint: Checkpoint, config: RunConfig, data: tasks.EncodedProblems) -> None:

@@ -33,6 +33,7 @@ from benchmarks.subjects import CACHE, model_path
 from grpo import builtin, tasks
 from grpo.collect import PromptEnv, PromptStream
 from grpo.config import RunConfig
+from grpo.grading import GradingPool
 from grpo.inference import Request
 from grpo.launch import compose
 from grpo.metrics import Clock, RunLog
@@ -143,7 +144,7 @@ class ReadyWriter:
         pass
 
 
-def make_run(config: RunConfig, run_dir: Path, watch: Stopwatch) -> grpo.run.Run:
+def make_run(config: RunConfig, run_dir: Path, watch: Stopwatch, grading: GradingPool) -> grpo.run.Run:
     """What grpo_utils.build makes, with both pools replaced."""
     from grpo_utils import load_data, make_collector
 
@@ -151,7 +152,7 @@ def make_run(config: RunConfig, run_dir: Path, watch: Stopwatch) -> grpo.run.Run
     data = load_data(config, task, tokenizer)
     size, responses = config.env.repeats, config.train.dialog_turns_per_batch
     stream = PromptStream(len(data["train"].problems), config.seed)
-    env = PromptEnv(responses // size, size, task, data["train"], stream, tokenizer, None, clock)
+    env = PromptEnv(responses // size, size, grading, data["train"], stream, tokenizer, clock)
     env._grade = watch.timed("grading", env._grade)
     engines = ReadyEngines(config, tokenizer, watch)
     collector = make_collector(config, env, engines, None)
@@ -162,7 +163,7 @@ def make_run(config: RunConfig, run_dir: Path, watch: Stopwatch) -> grpo.run.Run
     return grpo.run.Run(
         config=config,
         run_dir=run_dir,
-        task=task,
+        grading=grading,
         tokenizer=tokenizer,
         data=data,
         trainer=ReadyTrainer(config, watch),
@@ -198,8 +199,9 @@ def measure(size: int, profile: bool) -> tuple[RunConfig, dict]:
     watch, collections, parts = Stopwatch(), [], []
     kept, grpo.run.rollout_metrics = grpo.run.rollout_metrics, watch.timed("metrics", grpo.run.rollout_metrics)
     gc.callbacks.append(watch.garbage)
-    with tempfile.TemporaryDirectory() as folder:
-        run = make_run(config, Path(folder), watch)
+    grader = GradingPool(tasks.load(config.env), config.env.grading_processes, config.env.grading_timeout_s)
+    with tempfile.TemporaryDirectory() as folder, grader as grading:
+        run = make_run(config, Path(folder), watch, grading)
         turns = run.collections()
         collect = watch.timed(OTHER, lambda: next(turns))
         step = watch.timed("splitting rows, the rest of a step", run.step)

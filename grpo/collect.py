@@ -20,13 +20,13 @@ from torchrl.envs import EnvBase
 from transformers import PreTrainedTokenizerBase
 
 from grpo.advantages import group_advantages
+from grpo.grading import Failed, GradingPool
 from grpo.inference import Sampling
 from grpo.metrics import Clock
 from grpo.objectives.divergences import k3
 from grpo.pools import EnginePool, ReferencePool
-from grpo.rewards import RewardFunction, apply_reward_function
 from grpo.rollout import GroupRecord, pack
-from grpo.tasks import EncodedProblems, Task
+from grpo.tasks import EncodedProblems
 
 
 class PromptStream:
@@ -60,20 +60,19 @@ class PromptEnv(EnvBase):
         self,
         num_groups: int,
         group_size: int,
-        task: Task,
+        grading: GradingPool,
         data: EncodedProblems,
         stream: PromptStream,
         tokenizer: PreTrainedTokenizerBase,
-        reward_function: RewardFunction | None,
         clock: Clock,
     ) -> None:
         super().__init__(batch_size=[num_groups, group_size])
-        self.task, self.data, self.stream, self.tokenizer = task, data, stream, tokenizer
-        self.reward_function, self.clock = reward_function, clock
+        self.grading, self.data, self.stream, self.tokenizer, self.clock = grading, data, stream, tokenizer, clock
         shape = self.batch_size
         self.observation_spec = Composite(
             problem=Unbounded(shape=shape, dtype=torch.int64),
             group_id=Unbounded(shape=shape, dtype=torch.int64),
+            graded=Unbounded(shape=shape, dtype=torch.bool),
             shape=shape,
         )
         self.action_spec = Composite(tokens=Unbounded(shape=(*shape, 1), dtype=torch.int64), shape=shape)
@@ -93,8 +92,10 @@ class PromptEnv(EnvBase):
             records = self._grade(tensordict)
         rewards = torch.tensor([[grade.reward for grade in record.grades] for record in records])
         done = torch.ones(*self.batch_size, 1, dtype=torch.bool)
+        graded = torch.tensor([[grade.is_verdict for grade in record.grades] for record in records])
         result = TensorDict(
             reward=rewards[..., None].float(),
+            graded=graded,
             done=done,
             terminated=done.clone(),
             problem=tensordict["problem"],
@@ -109,21 +110,30 @@ class PromptEnv(EnvBase):
         flat = rollouts.reshape(-1)
         rows = [tokens[mask].tolist() for tokens, mask in zip(flat["tokens"], flat["response_mask"], strict=True)]
         texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
-        problems = [self.data.problems[i] for i in flat["problem"].tolist()]
-        grades = [self.task.grade(problem, text) for problem, text in zip(problems, texts, strict=True)]
-        if self.reward_function is not None:
-            rewards = apply_reward_function(
-                self.reward_function, [p.question for p in problems], texts, [p.answer for p in problems]
-            )
-            grades = [replace(grade, terms={"reward_fn": r}) for grade, r in zip(grades, rewards, strict=True)]
-        size = self.batch_size[1]
-        return [
+        problems, size = [self.data.problems[i] for i in flat["problem"].tolist()], self.batch_size[1]
+        grades = self.grading.grade(problems, texts)
+        groups = [
             GroupRecord(problems[i].question, problems[i].answer, texts[i : i + size], grades[i : i + size])
             for i in range(0, len(texts), size)
         ]
+        return rewarded(groups, self.grading) if self.grading.reward_function else groups
 
     def _set_seed(self, seed: int | None) -> None:
         """The stream's seed decides everything; there is nothing else random here."""
+
+
+def rewarded(groups: list[GroupRecord], grading: GradingPool) -> list[GroupRecord]:
+    """The groups with the rewards of the user's function in the place of the task's terms."""
+    rewards = grading.reward([([g.prompt] * len(g.responses), g.responses, [g.answer] * len(g.responses)) for g in groups])
+    return [
+        replace(
+            group,
+            grades=[found.grade] * len(group.grades)
+            if isinstance(found, Failed)
+            else [replace(grade, terms={"reward_fn": r}) for grade, r in zip(group.grades, found, strict=True)],
+        )
+        for group, found in zip(groups, rewards, strict=True)
+    ]
 
 
 class InferencePolicy(TensorDictModuleBase):
@@ -165,7 +175,9 @@ class Finish:
             kl = k3(flat["inference_log_probs"], flat["reference_log_probs"]).sum(-1)
             flat["kl_penalty"] = self.kl_in_reward * kl
             penalised = penalised - flat["kl_penalty"]
-        flat["advantage"] = group_advantages(penalised, flat["group_id"])
+        graded = flat["graded"]  # a response without a verdict teaches nothing, and its group is the others
+        flat["advantage"] = torch.zeros_like(penalised)
+        flat["advantage"][graded] = group_advantages(penalised[graded], flat["group_id"][graded])
         groups = flat.reshape(rollouts.batch_size)
         groups.batch_size = rollouts.batch_size[:1]
         return groups.set("record", NonTensorStack(*[NonTensorData(record) for record in self.env.records]))
@@ -186,4 +198,5 @@ class GroupCollector(LLMCollector):
     def _collect(self) -> TensorDict:
         turn = self.env.step(self.policy(self.env.reset()))
         turn["reward"] = turn["next", "reward"].squeeze(-1)
+        turn["graded"] = turn["next", "graded"]
         return turn.exclude("next", "done", "terminated")

@@ -52,7 +52,10 @@ class EnvConfig:
 
     dataset: str = "gsm8k"  # a file of grpo/tasks
     data: str | None = None  # a local JSONL file instead of the hub's data set
-    reward_fn: str | None = None  # PATH.py:FUNCTION that replaces the task's reward
+    reward_fn: str | None = None  # PATH.py:FUNCTION or MODULE:FUNCTION that replaces the task's reward
+    grading_processes: int = 2
+    grading_timeout_s: float = 10.0  # a response
+    reward_timeout_s: float = 60.0  # a call of reward_fn, which gets a group
     num_envs: int = 64  # groups in flight at an engine
     repeats: int = 8  # group size K: responses sampled for a prompt
     max_prompt_length: int = 256  # tokens; longer prompts are dropped and counted
@@ -60,7 +63,8 @@ class EnvConfig:
     test_size: int = 1000  # held-out prompts of the before/after comparison, at most
 
     def __post_init__(self) -> None:
-        _at_least("env", self, 1, "num_envs", "max_prompt_length", "validation_size", "test_size")
+        _at_least("env", self, 1, "num_envs", "max_prompt_length", "validation_size", "test_size", "grading_processes")
+        _at_least("env", self, 0.1, "grading_timeout_s", "reward_timeout_s")
         _check(
             self.repeats >= 2,
             "env.repeats",
@@ -68,10 +72,10 @@ class EnvConfig:
             "must be at least 2: advantages compare the responses of a group",
         )
         _check(
-            self.reward_fn is None or re.fullmatch(r".+\.py:\w+", self.reward_fn) is not None,
+            self.reward_fn is None or re.fullmatch(r"(.+\.py|[\w.]+):\w+", self.reward_fn) is not None,
             "env.reward_fn",
             self.reward_fn,
-            "must be PATH.py:FUNCTION",
+            "must be PATH.py:FUNCTION or MODULE:FUNCTION",
         )
 
 
@@ -229,6 +233,7 @@ class TrainConfig:
     keep_checkpoints: int = 2  # the newest ones, besides the best by validation accuracy
     grace_s: float = 120.0  # seconds within which a run that is asked to end (SIGTERM, SIGUSR1) must be saved
     max_wall_time: float | None = None  # seconds after which the run is saved and ends, as if it had been asked to
+    max_grader_error_rate: float = 0.1  # share of a collection's responses that could not be graded; above it the run stops
     max_skipped_steps: int = 10  # steps in a row whose loss or gradients are not finite, after which the run stops
     weight_transport: str = "auto"  # of pushes: shared_memory (one host), gloo, nccl (a GPU each); auto picks
     probe_frequency: int = 10  # pushes between comparisons of the trainer's and the engines' log-probs; 0: never
@@ -243,6 +248,8 @@ class TrainConfig:
         _at_least("train", self, 0, "kl_to_ref_coeff", "kl_to_inference_coeff", "entropy_coeff", "eval_frequency")
         _at_least("train", self, 0, "probe_frequency", "checkpoint_frequency")
         _at_least("train", self, 1, "keep_checkpoints", "grace_s", "max_skipped_steps")
+        rate = self.max_grader_error_rate
+        _check(0 <= rate <= 1, "train.max_grader_error_rate", rate, "must be in [0, 1]")
         for name in ("stop_when", "max_wall_time"):
             if getattr(self, name) is not None:
                 _at_least("train", self, 1, name)
@@ -441,6 +448,9 @@ MAY_CHANGE = (
     "dry_run",
     "logging",
     "ray",
+    "env.grading_processes",
+    "env.grading_timeout_s",
+    "env.reward_timeout_s",
     "model.cache_dir",
     "inference_model.gpu_memory_utilization",
     "inference_model.num_devices",
@@ -457,6 +467,7 @@ MAY_CHANGE = (
             "gradient_accumulation_steps",
             "keep_checkpoints",
             "logging_frequency",
+            "max_grader_error_rate",
             "max_skipped_steps",
             "max_tokens_per_micro_batch",
             "max_wall_time",

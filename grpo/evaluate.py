@@ -2,13 +2,14 @@
 
 from transformers import PreTrainedTokenizerBase
 
+from grpo.grading import GradingPool
 from grpo.inference import Sampling
 from grpo.pools import EnginePool
-from grpo.tasks import EncodedProblems, Task
+from grpo.tasks import EncodedProblems
 
 
 def accuracy(
-    engines: EnginePool, task: Task, data: EncodedProblems, tokenizer: PreTrainedTokenizerBase, max_tokens: int
+    engines: EnginePool, grading: GradingPool, data: EncodedProblems, tokenizer: PreTrainedTokenizerBase, max_tokens: int
 ) -> dict[str, float]:
     """{"accuracy": share of right answers in [0, 1], "n": problems} of the engines' current weights.
 
@@ -17,5 +18,5 @@ def accuracy(
     sampling = Sampling(num_responses=1, max_tokens=max_tokens, temperature=0.0)
     completions = engines.generate(data.prompts, sampling, seed=0)
     texts = tokenizer.batch_decode(completions.responses(), skip_special_tokens=True)
-    right = [task.grade(problem, text).correct for problem, text in zip(data.problems, texts, strict=True)]
+    right = [grade.correct for grade in grading.grade(data.problems, texts)]
     return {"accuracy": sum(right) / len(right), "n": len(right)}

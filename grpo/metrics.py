@@ -9,7 +9,7 @@ import os
 import secrets
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -21,6 +21,7 @@ from tensordict import TensorDict
 from tqdm import tqdm
 
 from grpo.config import RunConfig
+from grpo.rewards import OUTCOMES
 
 METRICS = {
     "rollout/reward_mean": "mean reward of the batch's responses",
@@ -31,7 +32,10 @@ METRICS = {
     "rollout/reward_q75": "third quartile",
     "rollout/reward_max": "largest reward",
     "rollout/accuracy": "share of responses with the right answer",
+    "rollout/wrong": "share of responses with a wrong answer",
     "rollout/unparseable": "share of responses without an answer that can be read",
+    "rollout/timed_out": "share of responses that could not be graded within the time limit",
+    "rollout/grader_error": "share of responses whose grading failed",
     "rollout/truncated": "share of responses cut at their token budget",
     "rollout/response_length_mean": "tokens a response",
     "rollout/response_length_max": "tokens of the longest response",
@@ -99,11 +103,17 @@ class Clock:
 
 def rollout_metrics(batch: TensorDict, trainer_version: int) -> dict[str, float]:
     """What a batch of rollouts [B] (with its `records`) looked like when it was trained on."""
-    reward, advantage = batch["reward"], batch["advantage"]
+    graded, advantage = batch["graded"], batch["advantage"]
+    reward = batch["reward"][graded] if graded.sum() > 1 else torch.zeros(2)
     length = batch["response_length"].float()
     grades = [grade for record in batch["records"] for grade in record.grades]
     equal = [len({grade.reward for grade in record.grades}) == 1 for record in batch["records"]]
     staleness = (trainer_version - batch["policy_version"]).float()
+    outcomes = Counter(grade.outcome for grade in grades)
+
+    def share(outcome: str) -> float:
+        return outcomes[outcome] / len(grades)
+
     quartiles = torch.quantile(reward, torch.tensor([0.25, 0.5, 0.75]))
     metrics = {
         "rollout/reward_mean": reward.mean(),
@@ -113,8 +123,8 @@ def rollout_metrics(batch: TensorDict, trainer_version: int) -> dict[str, float]
         "rollout/reward_median": quartiles[1],
         "rollout/reward_q75": quartiles[2],
         "rollout/reward_max": reward.max(),
-        "rollout/accuracy": sum(grade.correct for grade in grades) / len(grades),
-        "rollout/unparseable": sum(grade.outcome == "unparseable" for grade in grades) / len(grades),
+        "rollout/accuracy": share("correct"),
+        **{f"rollout/{outcome}": share(outcome) for outcome in OUTCOMES if outcome != "correct"},
         "rollout/truncated": 1 - batch["stopped"].float().mean(),
         "rollout/response_length_mean": length.mean(),
         "rollout/response_length_max": length.max(),
@@ -147,6 +157,7 @@ def rollout_lines(step: int, batch: TensorDict, log_probs: torch.Tensor | None) 
                 "reward": columns["reward"][row],
                 "terms": grade.terms,
                 "outcome": grade.outcome,
+                **({"note": grade.note} if grade.note else {}),
                 "parsed": grade.parsed,
                 "advantage": columns["advantage"][row],
                 "policy_version": columns["policy_version"][row],

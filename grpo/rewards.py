@@ -4,6 +4,7 @@ A grade tells what was decided and why; a score that is not a finite number ends
 would poison a whole group.
 """
 
+import importlib
 import importlib.util
 import math
 import sys
@@ -12,8 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
+from types import ModuleType
 
 from grpo.errors import ConfigError, RewardError
+
+OUTCOMES = ("correct", "wrong", "unparseable", "timed_out", "grader_error")
 
 RewardFunction = Callable[[list[str], list[str], list[str]], list[float]]
 
@@ -23,8 +27,9 @@ class Grade:
     """The verdict on one response: `reward` is the sum of its `terms`."""
 
     terms: dict[str, float]
-    outcome: str  # correct, wrong or unparseable
+    outcome: str  # one of OUTCOMES
     parsed: str | None  # the answer found in the response
+    note: str = ""  # why there is no verdict
 
     @property
     def reward(self) -> float:
@@ -34,26 +39,38 @@ class Grade:
     def correct(self) -> bool:
         return self.outcome == "correct"
 
+    @property
+    def is_verdict(self) -> bool:
+        """Whether it says something about the response; without one, the response teaches nothing."""
+        return self.outcome not in ("timed_out", "grader_error")
+
 
 def load_reward_function(spec: str) -> RewardFunction:
-    """The function named by PATH.py:FUNCTION.
+    """The function named by PATH.py:FUNCTION or by MODULE:FUNCTION, where the module can be imported from here.
 
-    It is called once a collection with three lists of equal length, prompts, responses and answers, and returns one
-    finite number a response. Raises ConfigError where there is no such file or function.
+    It is called on a group: three lists of equal length, prompts, responses and answers; it returns one finite number a
+    response. Raises ConfigError where there is no such file, module or function.
     """
-    path, _, name = spec.rpartition(":")
-    if not Path(path).is_file():
+    where, _, name = spec.rpartition(":")
+    try:
+        module = _load_file(Path(where), spec) if where.endswith(".py") else importlib.import_module(where)
+    except ConfigError:
+        raise
+    except Exception as error:  # the user's code may raise anything
+        raise ConfigError(f"env.reward_fn ({spec}): importing {where} raised {_what_and_where(error)}") from error
+    if not callable(getattr(module, name, None)):
+        raise ConfigError(f"env.reward_fn ({spec}): {where} has no function {name}")
+    return getattr(module, name)
+
+
+def _load_file(path: Path, spec: str) -> ModuleType:
+    if not path.is_file():
         raise ConfigError(f"env.reward_fn ({spec}): there is no file {path}")
-    module_spec = importlib.util.spec_from_file_location(f"reward_fn_{Path(path).stem}", path)
+    module_spec = importlib.util.spec_from_file_location(f"reward_fn_{path.stem}", path)
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module  # dataclasses look their module up there
-    try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:  # the user's code may raise anything
-        raise ConfigError(f"env.reward_fn ({spec}): importing {path} raised {_what_and_where(error)}") from error
-    if not callable(getattr(module, name, None)):
-        raise ConfigError(f"env.reward_fn ({spec}): {path} has no function {name}")
-    return getattr(module, name)
+    module_spec.loader.exec_module(module)
+    return module
 
 
 def _what_and_where(error: Exception) -> str:

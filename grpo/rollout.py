@@ -13,6 +13,7 @@ A batch is a TensorDict of batch size [B]; B is rollouts, T the longest prompt +
     stopped              bool    [B]     the response ended by itself, not at its token budget
     problem              int64   [B]     index into the task's training problems
     group_id             int64   [B]     one integer a group; batching never splits a group
+    graded               bool    [B]     there is a verdict; without one the advantage is 0 and the reward says nothing
     reward, advantage    float32 [B]
 
 `log_probs[b, t]` belongs to `tokens[b, t]`: position 0 has none. Per-token floats are 0 outside the response mask.

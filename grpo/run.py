@@ -10,6 +10,7 @@ waits for the next collection while the driver waits for the trainer:
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -24,14 +25,15 @@ from transformers import PreTrainedTokenizerBase
 from grpo.checkpoint import Checkpoint, CheckpointWriter
 from grpo.collect import GroupCollector
 from grpo.config import RunConfig
-from grpo.errors import ActorError, TrainingError
+from grpo.errors import ActorError, RewardError, TrainingError
 from grpo.evaluate import accuracy
+from grpo.grading import GradingPool
 from grpo.metrics import Clock, RunLog, rollout_metrics
 from grpo.plot import plot_run
 from grpo.pools import EnginePool, TrainerPool, WeightPush
 from grpo.preemption import REQUEST, saved_in_time
 from grpo.replay import refill
-from grpo.tasks import EncodedProblems, Task
+from grpo.tasks import EncodedProblems
 
 PROBE_TOKENS = 512  # of a probe text, at most
 
@@ -59,7 +61,7 @@ class Run:
 
     config: RunConfig
     run_dir: Path
-    task: Task
+    grading: GradingPool
     tokenizer: PreTrainedTokenizerBase
     data: dict[str, EncodedProblems]  # by split
     trainer: TrainerPool
@@ -113,10 +115,21 @@ class Run:
         while self._wants_more:
             REQUEST.check()
             self.rollouts = self._next_collection()
+            self._check_grading(self.rollouts)
             self.progress.position += len(self.rollouts)
             if self._wants_more and not self.config.train.sync_iter:
                 self.ahead = self.background.submit(self._collect)
             yield self.rollouts
+
+    def _check_grading(self, rollouts: TensorDict) -> None:
+        grades = [grade for i in range(len(rollouts)) for grade in rollouts[i]["record"].grades]
+        notes = Counter(grade.note for grade in grades if grade.outcome == "grader_error")
+        if notes.total() > self.config.train.max_grader_error_rate * len(grades):
+            note, count = notes.most_common(1)[0]
+            raise RewardError(
+                f"{notes.total()} of {len(grades)} responses could not be graded, more than train.max_grader_error_rate "
+                f"({self.config.train.max_grader_error_rate:g}) allows; {count} times: {note}"
+            )
 
     @property
     def _wants_more(self) -> bool:
@@ -260,7 +273,7 @@ class Run:
         """Greedy accuracy of the engines' weights on a held-out split: {"accuracy", "n"}."""
         with self.clock.phase("eval"):
             max_tokens = self.config.inference_model.max_tokens
-            return accuracy(self.engines, self.task, self.data[split], self.tokenizer, max_tokens)
+            return accuracy(self.engines, self.grading, self.data[split], self.tokenizer, max_tokens)
 
     def _training_clock(self) -> float:
         """Seconds that stand still during evaluations."""

@@ -9,14 +9,16 @@ import json
 import pkgutil
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from grpo.config import EnvConfig
 from grpo.errors import ConfigError, DataError
 from grpo.rewards import Grade
+
+if TYPE_CHECKING:  # graders need no transformers, and their processes start faster without
+    from transformers import PreTrainedTokenizerBase
 
 SPLITS = ("train", "validation", "test")
 
@@ -55,7 +57,7 @@ def load(config: EnvConfig) -> Task:
     return importlib.import_module(f"{__name__}.{config.dataset}").load(config)
 
 
-def encode(problem: Problem, task: Task, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def encode(problem: Problem, task: Task, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """The prompt's token ids: the chat template where the tokenizer has one, plain text where it has none."""
     if tokenizer.chat_template is None:
         return tokenizer(f"{task.system_prompt}\n\n{problem.question}\n")["input_ids"]
@@ -83,7 +85,7 @@ class EncodedProblems:
 
 
 def encode_split(
-    task: Task, split: str, tokenizer: PreTrainedTokenizerBase, max_length: int, limit: int | None = None
+    task: Task, split: str, tokenizer: "PreTrainedTokenizerBase", max_length: int, limit: int | None = None
 ) -> EncodedProblems:
     """Tokenize the first `limit` problems of `split`; raises DataError where no prompt fits in `max_length` tokens."""
     problems = task.problems(split)[:limit]

@@ -10,7 +10,9 @@ from transformers import PreTrainedModel, Qwen2ForCausalLM
 
 from grpo.builtin import Recipe, make_config, make_tokenizer
 from grpo.models import load_model
+from grpo.rewards import Grade, RewardFunction
 from grpo.rollout import Completions, pack
+from grpo.tasks import Problem, Task
 
 TINY = Recipe(hidden_size=16, layers=2, heads=2, kv_heads=1, feed_forward=32)
 CPU = torch.device("cpu")
@@ -70,6 +72,19 @@ def ragged_rollouts(seed: int = 0) -> TensorDict:
     noise = torch.from_numpy(rng.normal(0, 0.5, batch["tokens"].shape)).float()
     batch["reference_log_probs"] = torch.where(batch["response_mask"], batch["inference_log_probs"] + noise, 0.0)
     return batch
+
+
+class DirectGrading:
+    """A GradingPool without processes."""
+
+    def __init__(self, task: Task, reward_function: RewardFunction | None = None) -> None:
+        self.task, self.reward_function = task, reward_function
+
+    def grade(self, problems: list[Problem], responses: list[str]) -> list[Grade]:
+        return [self.task.grade(problem, response) for problem, response in zip(problems, responses, strict=True)]
+
+    def reward(self, groups: list[tuple[list[str], list[str], list[str]]]) -> list:
+        return [self.reward_function(*group) for group in groups]
 
 
 def file_names(folder: Path) -> list[str]:

@@ -7,11 +7,14 @@ import torch
 from grpo.advantages import group_advantages
 from grpo.builtin import make_tokenizer
 from grpo.collect import Finish, GroupCollector, InferencePolicy, PromptEnv, PromptStream
+from grpo.grading import Failed
 from grpo.inference import Sampling
 from grpo.metrics import Clock
 from grpo.rewards import Grade
 from grpo.rollout import Completions
 from grpo.tasks import EncodedProblems, Problem
+
+from .conftest import DirectGrading
 
 
 def draw(stream: PromptStream, count: int) -> list[int]:
@@ -93,13 +96,14 @@ class Engines:
 LETTERS = "abcde"
 
 
-def make_collector(reference=None, kl_in_reward: float = 0.0, reward_function=None, collections: int = 3):
+def make_collector(reference=None, kl_in_reward: float = 0.0, reward_function=None, collections: int = 3, task=None):
     """Collections of 2 groups of 3 over five one-letter problems."""
     tokenizer = make_tokenizer()
     ids = [tokenizer(letter)["input_ids"] for letter in LETTERS]
     data = EncodedProblems([Problem(letter, letter * 2) for letter in LETTERS], [i * (n + 1) for n, i in enumerate(ids)], 0)
     stream, clock, engines = PromptStream(5, seed=2), Clock(), Engines()
-    env = PromptEnv(2, 3, Echo(), data, stream, tokenizer, reward_function, clock)
+    grading = DirectGrading(task or Echo(), reward_function)
+    env = PromptEnv(2, 3, grading, data, stream, tokenizer, clock)
     collector = GroupCollector(
         env,
         policy=InferencePolicy(engines, data, Sampling(3, 8, 1.0), 11, clock),
@@ -160,6 +164,34 @@ def test_a_users_reward_replaces_the_tasks_and_the_verdicts_stay():
     grades = records(rollouts)[0].grades
     assert [grade.terms for grade in grades] == [{"reward_fn": -1.0}, {"reward_fn": -2.0}, {"reward_fn": -3.0}]
     assert [grade.correct for grade in grades] == [False, True, True]
+
+
+def test_a_reward_function_that_fails_for_a_group_leaves_it_without_verdicts():
+    def half(prompts, responses, answers):
+        return Failed("grader_error", "mine.py:half: no") if prompts[0] == "c" else [float(len(r)) for r in responses]
+
+    collector, _, _ = make_collector(reward_function=half)
+    for rollouts in collector:
+        for group, record in zip(rollouts, records(rollouts), strict=True):
+            failed = record.prompt == "c"
+            assert group["graded"].tolist() == [not failed] * 3
+            assert {grade.outcome for grade in record.grades} == ({"grader_error"} if failed else {"correct", "wrong"})
+            assert bool(group["advantage"].any()) is not failed
+
+
+class Slow(Echo):
+    """Does not come to an end with two letters."""
+
+    def grade(self, problem: Problem, response: str) -> Grade:
+        return Failed("timed_out", "").grade if len(response) == 2 else super().grade(problem, response)
+
+
+def test_a_response_without_a_verdict_teaches_nothing_and_its_group_is_the_others():
+    rollouts = next(iter(make_collector(task=Slow())[0]))
+    assert rollouts["graded"].tolist() == [[True, False, True]] * 2
+    expected = group_advantages(torch.tensor([1.0, 4.0]), torch.zeros(2, dtype=torch.int64))
+    assert torch.allclose(rollouts["advantage"][:, [0, 2]], expected.expand(2, 2))
+    assert not rollouts["advantage"][:, 1].any()
 
 
 class Reference:

@@ -7,6 +7,8 @@ from grpo.rewards import Grade
 from grpo.rollout import Completions
 from grpo.tasks import EncodedProblems, Problem
 
+from .conftest import DirectGrading
+
 
 class Same:
     system_prompt = ""
@@ -28,5 +30,5 @@ def test_accuracy_is_the_share_of_right_greedy_responses():
             return Completions(np.arange(len(prompts)), length, length > 0, tokens, tokens * 0.0, tokens * 0)
 
     data = EncodedProblems([Problem("", answer) for answer in ("12", "1", "12", "2", "12")], [[i] for i in range(5)], 0)
-    assert accuracy(Engines(), Same(), data, tokenizer, 9) == {"accuracy": 0.6, "n": 5}
+    assert accuracy(Engines(), DirectGrading(Same()), data, tokenizer, 9) == {"accuracy": 0.6, "n": 5}
     assert asked == [(data.prompts, Sampling(num_responses=1, max_tokens=9, temperature=0.0))]

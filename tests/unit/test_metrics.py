@@ -29,6 +29,7 @@ def batch() -> TensorDict:
     ]
     rollouts = TensorDict(
         reward=torch.tensor([1.5, 0.5, 0.0, 0.0]),
+        graded=torch.tensor([True, True, True, True]),
         advantage=torch.tensor([0.7, -0.7, 0.0, 0.0]),
         response_length=torch.tensor([2, 1, 3, 1]),
         response_mask=torch.tensor([[0, 1, 1, 0], [0, 1, 0, 0], [0, 1, 1, 1], [0, 1, 0, 0]]).bool(),
@@ -54,7 +55,10 @@ def test_rollout_metrics_give_hand_worked_values():
             "rollout/reward_q75": 0.75,
             "rollout/reward_max": 1.5,
             "rollout/accuracy": 0.25,
+            "rollout/wrong": 0.25,
             "rollout/unparseable": 0.5,
+            "rollout/timed_out": 0.0,
+            "rollout/grader_error": 0.0,
             "rollout/truncated": 0.25,
             "rollout/response_length_mean": 1.75,
             "rollout/response_length_max": 3,
@@ -67,6 +71,20 @@ def test_rollout_metrics_give_hand_worked_values():
             "buffer/staleness_mean": (2 + 1 + 3 + 1) / 4,
         }
     )
+
+
+def test_responses_without_a_verdict_are_counted_and_left_out_of_the_rewards():
+    rollouts = batch()
+    rollouts["graded"] = torch.tensor([True, True, False, False])
+    rollouts["records"][1].grades[:] = [Grade({}, "timed_out", None), Grade({}, "grader_error", None, "ValueError: x")]
+    metrics = rollout_metrics(rollouts, 5)
+    assert (metrics["rollout/reward_mean"], metrics["rollout/reward_min"], metrics["rollout/reward_max"]) == (1.0, 0.5, 1.5)
+    assert (metrics["rollout/timed_out"], metrics["rollout/grader_error"]) == (0.25, 0.25)
+    lines = list(rollout_lines(1, rollouts, None))
+    assert [line["outcome"] for line in lines] == ["correct", "wrong", "timed_out", "grader_error"]
+    assert [line.get("note") for line in lines] == [None, None, None, "ValueError: x"]
+    rollouts["graded"] = torch.zeros(4, dtype=torch.bool)
+    assert all(math.isfinite(value) for value in rollout_metrics(rollouts, 5).values())
 
 
 def test_a_group_is_equal_by_its_rewards_whatever_the_verdicts():

@@ -1,0 +1,178 @@
+"""Grading in processes of its own: each response gets a verdict within its time limit, whatever its grader does.
+
+    driver ──items──> worker ──> task.grade(problem, response), or the user's reward function on a group
+           <─result─           one by one, so that a worker that hangs or dies is known to have done so on which item
+
+A worker that does not answer in time, or dies, is replaced; the item it was at has failed, and the others go on.
+"""
+
+import multiprocessing
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from grpo.errors import ActorError, one_line
+from grpo.rewards import Grade, apply_reward_function, load_reward_function
+from grpo.tasks import Problem, Task
+
+START_TIMEOUT_S = 120.0  # of a worker, which imports the task's libraries
+CHUNK = 64  # items that a worker gets at a time, at most
+
+
+@dataclass(frozen=True)
+class Failed:
+    """In the place of a result."""
+
+    outcome: str  # timed_out or grader_error
+    note: str
+
+    @property
+    def grade(self) -> Grade:
+        return Grade({}, self.outcome, None, self.note)
+
+
+class GradingPool:
+    """`num_workers` processes that grade for one task, each response within `timeout_s` seconds."""
+
+    def __init__(
+        self,
+        task: Task,
+        num_workers: int,
+        timeout_s: float,
+        reward_function: str | None = None,
+        reward_timeout_s: float = 60.0,
+    ) -> None:
+        """`reward_function`: PATH.py:FUNCTION, called on a group at a time, within `reward_timeout_s`."""
+        self.timeout_s, self.reward_function, self.reward_timeout_s = timeout_s, reward_function, reward_timeout_s
+        self.context = multiprocessing.get_context("forkserver")  # a worker that is replaced is there at once
+        self.context.set_forkserver_preload([__name__, type(task).__module__])
+        self.arguments = task, reward_function
+        self.workers = [_Worker(self.context, self.arguments) for _ in range(num_workers)]
+
+    def __enter__(self) -> "GradingPool":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.end()
+
+    def grade(self, problems: list[Problem], responses: list[str]) -> list[Grade]:
+        """A verdict a response, in their order: the task's, or timed_out or grader_error with a note that says why."""
+        results = self._run("grade", list(zip(problems, responses, strict=True)), self.timeout_s)
+        return [result.grade if isinstance(result, Failed) else result for result in results]
+
+    def reward(self, groups: list[tuple[list[str], list[str], list[str]]]) -> list[list[float] | Failed]:
+        """What the user's function gives for each group of (prompts, responses, answers)."""
+        results = self._run("reward", groups, self.reward_timeout_s)
+        return [
+            replace(r, outcome="grader_error", note=f"env.reward_fn {self.reward_function}: {r.note}")
+            if isinstance(r, Failed)
+            else r
+            for r in results
+        ]
+
+    def _run(self, method: str, items: list, timeout_s: float) -> list:
+        results: list = [None] * len(items)
+        size = max(1, min(CHUNK, -(-len(items) // (2 * len(self.workers)))))
+        waiting = deque(deque(range(i, min(i + size, len(items)))) for i in range(0, len(items), size))
+        while waiting or any(worker.doing for worker in self.workers):
+            for worker in self.workers:
+                if waiting and worker.ready and not worker.doing:
+                    worker.begin(waiting.popleft(), method, items, timeout_s)
+            deadline = min(worker.deadline for worker in self.workers if worker.doing or not worker.ready)
+            arrived = wait([worker.connection for worker in self.workers], max(0.0, deadline - time.monotonic()))
+            for i, worker in enumerate(self.workers):
+                failed = None
+                if worker.connection in arrived:
+                    failed = worker.take(results, timeout_s)
+                elif worker.is_late():
+                    limit = timeout_s if worker.ready else START_TIMEOUT_S
+                    failed = Failed("timed_out", f"no answer within {limit:g} s")
+                if failed is None:
+                    continue
+                if not worker.ready:
+                    raise ActorError(f"a grading process could not start: {failed.note}")
+                worker.end()
+                if worker.doing:
+                    results[worker.doing.popleft()] = failed
+                    if worker.doing:
+                        waiting.appendleft(worker.doing)
+                self.workers[i] = _Worker(self.context, self.arguments)
+        return results
+
+
+@dataclass
+class _Worker:
+    """The driver's end of one process."""
+
+    context: Any
+    arguments: tuple
+    ready: bool = False
+    doing: deque = field(default_factory=deque)  # indices of the items that it has, in their order
+
+    def __post_init__(self) -> None:
+        self.connection, other = self.context.Pipe()
+        self.process = self.context.Process(target=_work, args=(other, *self.arguments), daemon=True)
+        self.process.start()
+        other.close()
+        self.deadline = time.monotonic() + START_TIMEOUT_S
+
+    def begin(self, indices: deque, method: str, items: list, timeout_s: float) -> None:
+        self.doing = indices
+        self.connection.send((method, [items[i] for i in indices]))
+        self.deadline = time.monotonic() + timeout_s
+
+    def take(self, results: list, timeout_s: float) -> Failed | None:
+        """Take one result, or hear that it is ready; Failed where it has died."""
+        try:
+            result = self.connection.recv()
+        except (EOFError, ConnectionResetError):
+            self.process.join(1.0)
+            return Failed("grader_error", f"the grading process ended with code {self.process.exitcode}")
+        if not self.ready:
+            self.ready = True
+            return None
+        results[self.doing.popleft()] = result
+        self.deadline = time.monotonic() + timeout_s
+        return None
+
+    def is_late(self) -> bool:
+        return (bool(self.doing) or not self.ready) and time.monotonic() > self.deadline
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+
+def _work(connection: Connection, task: Task, reward_function: str | None) -> None:
+    """A worker's life."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's, which ends its workers
+    function = load_reward_function(reward_function) if reward_function else None
+    methods: dict[str, Callable] = {
+        "grade": lambda item: task.grade(*item),
+        "reward": lambda item: apply_reward_function(function, *item),
+    }
+    connection.send("ready")
+    for method, items in _jobs(connection):
+        for item in items:
+            try:
+                result = methods[method](item)
+            except Exception as error:  # a grader's defect, or the user's code: it is what the verdict says
+                result = Failed("grader_error", f"{type(error).__name__}: {one_line(error)}"[:500])
+            connection.send(result)
+
+
+def _jobs(connection: Connection) -> Iterator[tuple[str, list]]:
+    while True:
+        try:
+            yield connection.recv()
+        except EOFError:  # the driver has ended
+            return

@@ -1,0 +1,25 @@
+"""A task for tests of the grading pool: the response says what grading it does."""
+
+import os
+import time
+
+from grpo.rewards import Grade
+from grpo.tasks import Problem
+
+
+class Obedient:
+    system_prompt = ""
+
+    def problems(self, split: str) -> list[Problem]:
+        return []
+
+    def grade(self, problem: Problem, response: str) -> Grade:
+        if response == "hang":
+            time.sleep(3600)
+        if response == "die":
+            os._exit(3)
+        if response == "raise":
+            raise ValueError("a defect\nof two lines")
+        if response == "recurse":
+            return self.grade(problem, response)
+        return Grade({"length": float(len(response))}, "correct" if response == problem.answer else "wrong", response[:10])

@@ -1,0 +1,123 @@
+"""Grading in processes of its own: every response gets a verdict, whatever its grader does."""
+
+import time
+
+import psutil
+import pytest
+
+from grpo.grading import Failed, GradingPool
+from grpo.tasks import Problem
+
+from .hanging import Obedient
+
+REWARDS = """
+import time
+
+def lengths(prompts, responses, answers):
+    return [len(response) for response in responses]
+
+def by_the_prompt(prompts, responses, answers):
+    what = prompts[0]
+    if what == "hang":
+        time.sleep(3600)
+    if what == "raise":
+        raise KeyError("no such thing")
+    if what == "exit":
+        raise SystemExit(7)
+    return {"nan": [float("nan")] * len(responses), "string": "abc"[: len(responses)], "short": [1.0], "none": None}.get(
+        what, [0.5] * len(responses)
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with GradingPool(Obedient(), 2, timeout_s=1.0) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def rewarding(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rewards") / "mine.py"
+    path.write_text(REWARDS)
+    with GradingPool(Obedient(), 2, 1.0, f"{path}:by_the_prompt", reward_timeout_s=1.0) as pool:
+        yield pool
+
+
+def grade(pool: GradingPool, responses: list[str]) -> list:
+    return pool.grade([Problem("?", "yes")] * len(responses), responses)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 63, 64, 65, 1000])
+def test_every_response_gets_its_own_verdict_in_its_place(pool, count):
+    responses = ["yes" if i % 3 == 0 else "no" * (i % 7) for i in range(count)]
+    grades = grade(pool, responses)
+    assert [g.outcome for g in grades] == ["correct" if r == "yes" else "wrong" for r in responses]
+    assert [g.reward for g in grades] == [len(r) for r in responses]
+
+
+def test_each_failure_is_its_own_and_the_others_go_on(pool):
+    responses = ["yes", "raise", "no", "die", "yes", "hang", "no", "recurse"] + ["yes"] * 200
+    start = time.monotonic()
+    grades = grade(pool, responses)
+    assert [g.outcome for g in grades[:8]] == [
+        "correct",
+        "grader_error",
+        "wrong",
+        "grader_error",
+        "correct",
+        "timed_out",
+        "wrong",
+        "grader_error",
+    ]
+    assert {g.outcome for g in grades[8:]} == {"correct"}
+    assert grades[1].note == "ValueError: a defect of two lines"
+    assert grades[3].note == "the grading process ended with code 3"
+    assert grades[5].note == "no answer within 1 s"
+    assert grades[7].note.startswith("RecursionError: ")
+    assert not any(g.is_verdict for g in (grades[1], grades[3], grades[5]))
+    assert grades[1].reward == 0
+    assert time.monotonic() - start < 30  # and not an hour
+    assert {g.outcome for g in grade(pool, ["yes"] * 10)} == {"correct"}
+
+
+def test_many_that_hang_are_stopped_one_by_one(pool):
+    grades = grade(pool, ["hang", "yes", "hang", "yes"])
+    assert [g.outcome for g in grades] == ["timed_out", "correct", "timed_out", "correct"]
+
+
+@pytest.mark.parametrize("response", ["\x00", "\ud800", "x" * 10_000_000, ""], ids=["null", "surrogate", "10 MB", "empty"])
+def test_any_text_goes_there_and_back(pool, response):
+    (found,) = grade(pool, [response])
+    assert (found.reward, found.parsed) == (len(response), response[:10])
+
+
+@pytest.mark.parametrize(
+    ("what", "note"),
+    [
+        ("raise", "raised KeyError: 'no such thing'"),
+        ("hang", "no answer within 1 s"),
+        ("nan", "returned nan where a finite number is needed"),
+        ("string", "returned 'a' where a finite number is needed"),
+        ("short", "returned 1 rewards for 2 responses"),
+        ("none", "raised TypeError"),
+        ("exit", "the grading process ended with code 7"),
+    ],
+)
+def test_a_reward_function_that_fails_is_named_and_costs_only_its_group(rewarding, what, note):
+    good, failed, other = rewarding.reward(
+        [(["fine"] * 2, ["a", "b"], ["", ""]), ([what] * 2, ["a", "b"], ["", ""])]
+        + [(["fine"] * 3, ["a", "b", "c"], ["", "", ""])]
+    )
+    assert (good, other) == ([0.5] * 2, [0.5] * 3)
+    assert isinstance(failed, Failed)
+    assert failed.outcome == "grader_error"
+    assert "mine.py:by_the_prompt: " in failed.note and note in failed.note
+
+
+def test_leaving_the_pool_ends_its_processes():
+    with GradingPool(Obedient(), 2, timeout_s=60.0) as pool:
+        grade(pool, ["yes"])
+        processes = [psutil.Process(worker.process.pid) for worker in pool.workers]
+        assert all(process.is_running() for process in processes)
+    assert not any(process.is_running() for process in processes)
