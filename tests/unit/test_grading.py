@@ -106,8 +106,11 @@ def test_any_text_goes_there_and_back(pool, response):
 )
 def test_a_reward_function_that_fails_is_named_and_costs_only_its_group(rewarding, what, note):
     good, failed, other = rewarding.reward(
-        [(["fine"] * 2, ["a", "b"], ["", ""]), ([what] * 2, ["a", "b"], ["", ""])]
-        + [(["fine"] * 3, ["a", "b", "c"], ["", "", ""])]
+        [
+            (["fine"] * 2, ["a", "b"], ["", ""]),
+            ([what] * 2, ["a", "b"], ["", ""]),
+            (["fine"] * 3, ["a", "b", "c"], ["", "", ""]),
+        ]
     )
     assert (good, other) == ([0.5] * 2, [0.5] * 3)
     assert isinstance(failed, Failed)

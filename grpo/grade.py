@@ -1,0 +1,112 @@
+"""Grade texts that exist already: no model, no GPU, nothing but the task's grader.
+
+    python -m grpo.grade env.dataset=gsm8k responses=FILE.jsonl [out=FILE.jsonl] [env.KEY=VALUE ...]
+
+Each line of `responses` has the fields of the task's own rows (for most tasks `answer`; for ifeval `prompt`,
+`instruction_id_list` and `kwargs`) and `response`. It comes back in `out` with `reward`, `terms`, `outcome` and `parsed`,
+and with a `note` where there is no verdict. Lines that cannot be read are reported by number and stop nothing.
+"""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from grpo import tasks
+from grpo.config import EnvConfig
+from grpo.errors import ConfigError, DataError, UserError, one_line
+from grpo.grading import Failed, GradingPool
+from grpo.rewards import OUTCOMES, Grade
+from grpo.tool import parse_arguments
+
+LINES = 4096  # that are graded at a time
+
+Row = tuple[int, dict, tasks.Problem]
+
+
+def read(lines: IO[bytes], task: tasks.Task, problems: list[str]) -> Iterator[Row]:
+    """Number, content and problem of each line that can be graded; what is wrong with the others goes to `problems`."""
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict) or not isinstance(row.get("response"), str):
+                raise DataError("needs an object with the text response")
+            yield number, row, task.parse_row(row)
+        except (ValueError, RecursionError, DataError) as error:
+            problems.append(f"line {number}: {one_line(error)[:200]}")
+
+
+def grade_file(config: EnvConfig, source: Path, out: Path | None) -> tuple[list[Grade], list[str]]:
+    """Grade every line of `source` into `out`; returns the verdicts, and what was wrong with the lines left out."""
+    task, grades, problems = tasks.load(config), [], []
+    limits = config.grading_timeout_s, config.reward_fn, config.reward_timeout_s
+    with GradingPool(task, config.grading_processes, *limits) as pool, open(source, "rb") as lines:
+        sink = open(out, "w") if out is not None else None  # noqa: SIM115
+        part: list[Row] = []
+
+        def finish() -> None:
+            found = grade_rows(pool, part)
+            grades.extend(found)
+            if sink is not None:
+                for (_, row, _), grade in zip(part, found, strict=True):
+                    sink.write(json.dumps(row | verdict(task, row, grade)) + "\n")
+            part.clear()
+
+        for row in read(lines, task, problems):
+            part.append(row)
+            if len(part) == LINES:
+                finish()
+        finish()
+        if sink is not None:
+            sink.close()
+    return grades, problems
+
+
+def grade_rows(pool: GradingPool, rows: list[Row]) -> list[Grade]:
+    """The verdicts; with a user's function its rewards, a call a row."""
+    problems, responses = [problem for _, _, problem in rows], [row["response"] for _, row, _ in rows]
+    grades = pool.grade(problems, responses)
+    if pool.reward_function is None:
+        return grades
+    rewards = pool.reward([([p.question], [r], [p.answer]) for p, r in zip(problems, responses, strict=True)])
+    return [
+        found.grade if isinstance(found, Failed) else Grade({"reward_fn": found[0]}, grade.outcome, grade.parsed, grade.note)
+        for grade, found in zip(grades, rewards, strict=True)
+    ]
+
+
+def verdict(task: tasks.Task, row: dict, grade: Grade) -> dict:
+    """What is added to a row."""
+    note = {"note": grade.note} if grade.note else {}
+    added = {"reward": grade.reward, "terms": grade.terms, "outcome": grade.outcome, "parsed": grade.parsed} | note
+    details = getattr(task, "details", None)  # what a task says besides, such as each instruction's verdict
+    return added | (details(row) if details is not None and grade.is_verdict else {})
+
+
+def summary(grades: list[Grade], problems: list[str]) -> str:
+    counts = Counter(grade.outcome for grade in grades)
+    shares = ", ".join(f"{outcome} {counts[outcome]} ({counts[outcome] / max(1, len(grades)):.1%})" for outcome in OUTCOMES)
+    mean = sum(grade.reward for grade in grades) / max(1, len(grades))
+    return f"{len(grades)} responses: {shares}; mean reward {mean:.4f}; {len(problems)} lines could not be read"
+
+
+def main() -> None:
+    arguments, config = parse_arguments(sys.argv[1:], {"responses": True, "out": False}, EnvConfig, "env")
+    source = Path(arguments["responses"])
+    if not source.is_file():
+        raise ConfigError(f"responses ({source}): there is no such file")
+    grades, problems = grade_file(config, source, Path(arguments["out"]) if "out" in arguments else None)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    print(summary(grades, problems))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"Error: {one_line(error)}")
