@@ -198,7 +198,9 @@ def measure(size: int, profile: bool) -> tuple[RunConfig, dict]:
     watch, collections, parts = Stopwatch(), [], []
     kept, grpo.run.rollout_metrics = grpo.run.rollout_metrics, watch.timed("metrics", grpo.run.rollout_metrics)
     gc.callbacks.append(watch.garbage)
-    with tempfile.TemporaryDirectory() as folder:
+    from grpo_utils import rare_garbage_collection
+
+    with tempfile.TemporaryDirectory() as folder, rare_garbage_collection():
         run = make_run(config, Path(folder), watch)
         turns = run.collections()
         collect = watch.timed(OTHER, lambda: next(turns))
