@@ -33,7 +33,7 @@ from grpo.preemption import Preempted, listen
 from grpo.reference import ReferenceActor
 from grpo.remote import get, get_all
 from grpo.replay import make_replay_buffer
-from grpo.resume import write_config
+from grpo.resume import CONFIG, SUMMARY, locked, write_config
 from grpo.rewards import apply_reward_function, load_reward_function
 from grpo.run import Run
 from grpo.trainer import TrainerActor, TrainerSpec
@@ -54,16 +54,19 @@ def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
         first = data["train"].problems[: config.env.repeats]
         questions, answers = [problem.question for problem in first], [problem.answer for problem in first]
         apply_reward_function(reward_function, questions, answers, answers)
-    resumed = newest(run_dir)
-    if resumed is not None:
-        check_resume(resumed, config, data["train"])
-    write_config(config, run_dir)
     stream = PromptStream(len(data["train"].problems), config.seed)
     group_size, clock = config.env.repeats, Clock()
     env = PromptEnv(config.groups_per_collection, group_size, task, data["train"], stream, tokenizer, reward_function, clock)
     with ExitStack() as closing:
+        closing.enter_context(locked(run_dir))
+        if config.resume is None and (run_dir / CONFIG).is_file():
+            raise ConfigError(f"{run_dir} holds a run already: type resume={run_dir}, or another hydra.run.dir")
+        resumed = newest(run_dir)
+        if resumed is not None:
+            check_resume(resumed, config, data["train"])
+        take_signals = closing.enter_context(listen(config.train.grace_s, config.train.max_wall_time))
         _start_ray(config, plan, closing)
-        closing.enter_context(listen(config.train.grace_s, config.train.max_wall_time))  # Ray has taken SIGTERM for itself
+        take_signals()
         ranks, references, actors = _start_actors(config, plan, model)
         timeout_s = config.ray.timeout_s
         engines = EnginePool(actors, timeout_s)
@@ -81,7 +84,7 @@ def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
         closing.callback(background.shutdown, wait=False, cancel_futures=True)
         log = RunLog(run_dir, config, None if resumed is None else resumed.state["log"])
         closing.callback(log.abandon)
-        writer = CheckpointWriter(run_dir, train.keep_checkpoints, trainer)
+        writer = CheckpointWriter(run_dir, train.keep_checkpoints, trainer, resumed)
         closing.callback(writer.close)
         closing.enter_context(rare_garbage_collection())
         run = Run(
@@ -101,11 +104,14 @@ def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
             writer=writer,
             resumed=resumed,
         )
+        write_config(config, run_dir)
+        (run_dir / SUMMARY).unlink(missing_ok=True)  # of the shorter run that is gone on with
         try:
-            yield run
-        except Preempted as stop:
-            stop.saved = run.save_and_end()
-            raise
+            try:
+                yield run
+            except Preempted as stop:
+                stop.saved = run.save_and_end()
+                raise
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -130,9 +136,13 @@ def rare_garbage_collection() -> Iterator[None]:
 
 def check_resume(checkpoint: Checkpoint, config: RunConfig, data: tasks.EncodedProblems) -> None:
     """Raise ConfigError where `checkpoint` is of another run than `config`, or its run has nothing left to do."""
-    steps, run_dir = checkpoint.state["progress"]["num_steps"], checkpoint.path.parents[1]
-    if steps >= config.num_steps and (run_dir / "summary.json").is_file():
-        raise ConfigError(f"resume ({run_dir}): the run has ended with its step {steps}: raise train.total_dialog_turns")
+    progress, run_dir, plateau = checkpoint.state["progress"], checkpoint.path.parents[1], config.train.stop_when
+    if (run_dir / SUMMARY).is_file():
+        steps = progress["num_steps"]
+        if steps >= config.num_steps:
+            raise ConfigError(f"resume ({run_dir}): the run has ended with its step {steps}: raise train.total_dialog_turns")
+        if plateau is not None and progress["evaluations_since_best"] >= plateau:
+            raise ConfigError(f"resume ({run_dir}): the run has ended after step {steps}: raise train.stop_when ({plateau})")
     if checkpoint.state["data"] != data.fingerprint and not config.resume_force:
         raise ConfigError(
             f"resume ({run_dir}): the training problems are not those of the run any more: give it its own back, or type "
