@@ -34,7 +34,7 @@ from grpo.preemption import Preempted, listen
 from grpo.reference import ReferenceActor
 from grpo.remote import get, get_all
 from grpo.replay import make_replay_buffer
-from grpo.resume import write_config
+from grpo.resume import CONFIG, SUMMARY, locked, write_config
 from grpo.rewards import load_reward_function
 from grpo.run import Run
 from grpo.trainer import TrainerActor, TrainerSpec
@@ -52,19 +52,22 @@ def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
     check_files(model)
     tokenizer = load_tokenizer(model)
     data = load_data(config, task, tokenizer)
-    resumed = newest(run_dir)
-    if resumed is not None:
-        check_resume(resumed, config, data["train"])
-    write_config(config, run_dir)
     stream = PromptStream(len(data["train"].problems), config.seed)
     group_size, clock = config.env.repeats, Clock()
     with ExitStack() as closing:
+        closing.enter_context(locked(run_dir))
+        if config.resume is None and (run_dir / CONFIG).is_file():
+            raise ConfigError(f"{run_dir} holds a run already: type resume={run_dir}, or another hydra.run.dir")
+        resumed = newest(run_dir)
+        if resumed is not None:
+            check_resume(resumed, config, data["train"])
         limits = config.env.grading_timeout_s, config.env.reward_fn, config.env.reward_timeout_s
         grading = closing.enter_context(GradingPool(task, config.env.grading_processes, *limits))
         check_reward_function(grading, data["train"].problems[:group_size])
         env = PromptEnv(config.groups_per_collection, group_size, grading, data["train"], stream, tokenizer, clock)
+        take_signals = closing.enter_context(listen(config.train.grace_s, config.train.max_wall_time))
         _start_ray(config, plan, closing)
-        closing.enter_context(listen(config.train.grace_s, config.train.max_wall_time))  # Ray has taken SIGTERM for itself
+        take_signals()
         ranks, references, actors = _start_actors(config, plan, model)
         timeout_s = config.ray.timeout_s
         engines = EnginePool(actors, timeout_s)
@@ -82,11 +85,9 @@ def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
         closing.callback(background.shutdown, wait=False, cancel_futures=True)
         log = RunLog(run_dir, config, None if resumed is None else resumed.state["log"])
         closing.callback(log.abandon)
-        writer = CheckpointWriter(run_dir, train.keep_checkpoints, trainer)
+        writer = CheckpointWriter(run_dir, train.keep_checkpoints, trainer, resumed)
         closing.callback(writer.close)
-        # What is here lives as long as the run: looking through it again and again costs large collections a fifth.
-        gc.freeze()
-        closing.callback(gc.unfreeze)
+        closing.enter_context(rare_garbage_collection())
         run = Run(
             config=config,
             run_dir=run_dir,
@@ -104,11 +105,14 @@ def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
             writer=writer,
             resumed=resumed,
         )
+        write_config(config, run_dir)
+        (run_dir / SUMMARY).unlink(missing_ok=True)  # of the shorter run that is gone on with
         try:
-            yield run
-        except Preempted as stop:
-            stop.saved = run.save_and_end()
-            raise
+            try:
+                yield run
+            except Preempted as stop:
+                stop.saved = run.save_and_end()
+                raise
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -124,11 +128,31 @@ def check_reward_function(grading: GradingPool, problems: list[tasks.Problem]) -
             raise RewardError(found.note)
 
 
+@contextmanager
+def rare_garbage_collection() -> Iterator[None]:
+    """Python looks for cycles after 100,000 new objects, not 700, and not among those that are there already.
+
+    Looking through everything that lives as long as the run, again and again, costs large collections a fifth.
+    """
+    before = gc.get_threshold()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 50)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
+
+
 def check_resume(checkpoint: Checkpoint, config: RunConfig, data: tasks.EncodedProblems) -> None:
     """Raise ConfigError where `checkpoint` is of another run than `config`, or its run has nothing left to do."""
-    steps, run_dir = checkpoint.state["progress"]["num_steps"], checkpoint.path.parents[1]
-    if steps >= config.num_steps and (run_dir / "summary.json").is_file():
-        raise ConfigError(f"resume ({run_dir}): the run has ended with its step {steps}: raise train.total_dialog_turns")
+    progress, run_dir, plateau = checkpoint.state["progress"], checkpoint.path.parents[1], config.train.stop_when
+    if (run_dir / SUMMARY).is_file():
+        steps = progress["num_steps"]
+        if steps >= config.num_steps:
+            raise ConfigError(f"resume ({run_dir}): the run has ended with its step {steps}: raise train.total_dialog_turns")
+        if plateau is not None and progress["evaluations_since_best"] >= plateau:
+            raise ConfigError(f"resume ({run_dir}): the run has ended after step {steps}: raise train.stop_when ({plateau})")
     if checkpoint.state["data"] != data.fingerprint and not config.resume_force:
         raise ConfigError(
             f"resume ({run_dir}): the training problems are not those of the run any more: give it its own back, or type "

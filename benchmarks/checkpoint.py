@@ -42,8 +42,8 @@ def main() -> None:
                 run.save()
                 copying.append(time.perf_counter() - start)
             pipeline_step(run, collections)
+            run.writer.finish()  # what a run would go on with beside the next step
             seconds[saves].append(time.perf_counter() - start)
-            run.writer.finish()  # after the turn, so that the next one is without
         num_bytes = sum(file.stat().st_size for file in newest(Path(folder)).path.rglob("*") if file.is_file())
     without, with_one = median(seconds[False][1:]), median(seconds[True][1:])
     share = (with_one - without) / (EVERY * without)

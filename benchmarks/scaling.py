@@ -199,8 +199,10 @@ def measure(size: int, profile: bool) -> tuple[RunConfig, dict]:
     watch, collections, parts = Stopwatch(), [], []
     kept, grpo.run.rollout_metrics = grpo.run.rollout_metrics, watch.timed("metrics", grpo.run.rollout_metrics)
     gc.callbacks.append(watch.garbage)
+    from grpo_utils import rare_garbage_collection
+
     grader = GradingPool(tasks.load(config.env), config.env.grading_processes, config.env.grading_timeout_s)
-    with tempfile.TemporaryDirectory() as folder, grader as grading:
+    with tempfile.TemporaryDirectory() as folder, grader as grading, rare_garbage_collection():
         run = make_run(config, Path(folder), watch, grading)
         turns = run.collections()
         collect = watch.timed(OTHER, lambda: next(turns))

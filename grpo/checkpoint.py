@@ -66,7 +66,11 @@ def newest(run_dir: Path) -> Checkpoint | None:
 
     Damaged ones are passed over with a warning; CheckpointError where there is no other.
     """
-    candidates = sorted((run_dir / "checkpoints").glob("checkpoint_*"), reverse=True)
+    for hidden in (run_dir / "checkpoints").glob(".replaced.*"):  # killed between the two renames of a replacement
+        original = hidden.with_name(hidden.name.split(".")[2])
+        if not original.exists():
+            os.rename(hidden, original)
+    candidates = _by_step(run_dir / "checkpoints")[::-1]
     for path in candidates:
         if (reason := damage(path)) is None:
             return Checkpoint(path, json.loads((path / STATE).read_text()))
@@ -74,6 +78,10 @@ def newest(run_dir: Path) -> Checkpoint | None:
     if candidates:
         raise CheckpointError(f"no checkpoint in {run_dir / 'checkpoints'} is whole: start again in another directory")
     return None
+
+
+def _by_step(folder: Path) -> list[Path]:
+    return sorted(folder.glob("checkpoint_*"), key=lambda path: int(path.name.removeprefix("checkpoint_")))
 
 
 def damage(path: Path) -> str | None:
@@ -91,9 +99,13 @@ def damage(path: Path) -> str | None:
             return f"{name} is missing"
         if name not in expected:
             return f"{name} does not belong to it"
-        if actual[name].stat().st_size != expected[name]["bytes"]:
-            return f"{name} has {actual[name].stat().st_size} bytes instead of {expected[name]['bytes']}"
-        if _sha256(actual[name]) != expected[name]["sha256"]:
+        try:
+            size, found = actual[name].stat().st_size, _sha256(actual[name])
+        except OSError as error:
+            return f"{name} cannot be read: {one_line(error)}"
+        if size != expected[name]["bytes"]:
+            return f"{name} has {size} bytes instead of {expected[name]['bytes']}"
+        if found != expected[name]["sha256"]:
             return f"{name} is not what was written"
     return None
 
@@ -140,6 +152,10 @@ def _save_collection(rollouts: TensorDict, path: Path, name: str) -> None:
     _write(path / f"{name}.json", json.dumps(records))
 
 
+def _directory(step: int) -> str:
+    return f"checkpoint_{step:06d}"
+
+
 class CheckpointWriter:
     """Writes a run's checkpoints beside its training.
 
@@ -147,27 +163,33 @@ class CheckpointWriter:
     the disk comes out of whichever is called next, as CheckpointError, and leaves the checkpoints before it as they were.
     """
 
-    def __init__(self, run_dir: Path, keep: int, trainer: TrainerPool) -> None:
+    def __init__(self, run_dir: Path, keep: int, trainer: TrainerPool, resumed: Checkpoint | None = None) -> None:
+        """Of the checkpoints that are there, those after `resumed` are damaged, and set aside."""
         self.folder, self.keep, self.trainer = run_dir / "checkpoints", keep, trainer
         self.background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self.pending: tuple[Path, dict, dict[str, TensorDict], bool] | None = None  # what the ranks are still writing
+        self.abandoned = False
+        self.pending: tuple[Path, dict, dict[str, TensorDict], int | None] | None = None  # what the ranks are still writing
         self.completing: Future | None = None
         self.newest: str | None = None  # its name, once it is whole
         for path in self.folder.glob(".*"):  # left by a run that was killed
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        for path in _by_step(self.folder)[::-1]:
+            if resumed is None or path == resumed.path:
+                break
+            os.rename(path, path.with_name(f"damaged_{path.name}_{os.getpid()}"))
 
-    def start(self, step: int, state: dict, collections: dict[str, TensorDict], is_best: bool = False) -> None:
+    def start(self, step: int, state: dict, collections: dict[str, TensorDict], best_step: int | None = None) -> None:
         """Begin to write the checkpoint of `step`; one that is still being written is finished first.
 
-        With `is_best` it is what BEST names, once it is whole.
+        BEST will name the one of `best_step`.
         """
         self.finish()
-        path = self.folder / f".checkpoint_{step:06d}.{os.getpid()}"
+        path = self.folder / f".{_directory(step)}.{os.getpid()}"
         with self._errors(path):
             shutil.rmtree(path, ignore_errors=True)
             (path / TRAINER).mkdir(parents=True)
             numbers = self.trainer.save(path / TRAINER)
-        self.pending = path, state | {"trainer": numbers}, collections, is_best
+        self.pending = path, state | {"trainer": numbers}, collections, best_step
 
     def poll(self) -> None:
         """Move on what is being written, without waiting."""
@@ -192,15 +214,19 @@ class CheckpointWriter:
             self.newest = completing.result()
 
     def close(self) -> None:
+        """What is not whole by now will not be."""
+        self.abandoned = True
         self.background.shutdown()
 
-    def _complete(self, path: Path, state: dict, collections: dict[str, TensorDict], is_best: bool) -> str:
+    def _complete(self, path: Path, state: dict, collections: dict[str, TensorDict], best_step: int | None) -> str:
         with self._errors(path):
             for name, rollouts in collections.items():
                 _save_collection(rollouts, path, name)
             _write(path / STATE, json.dumps(state, indent=1))
             files = {}
             for file in _files(path):
+                if self.abandoned:
+                    raise CheckpointError("the run has ended")
                 _sync(file)
                 files[str(file.relative_to(path))] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
             manifest = {"files": files, "sha256": _manifest_sum(files)}
@@ -208,12 +234,13 @@ class CheckpointWriter:
             _sync(path / TRAINER)
             _sync(path)
             final = self.folder / path.name.removeprefix(".").split(".")[0]
-            replaced = self._hide(final) if final.exists() else None  # damaged, or without the evaluation of its step
+            replaced = self._hide(final, "replaced") if final.exists() else None  # without the evaluation of its step
             os.rename(path, final)
             _sync(self.folder)
             _name(final, "LATEST")
-            if is_best:
-                _name(final, "BEST")
+            best = self.folder / _directory(best_step) if best_step is not None else None
+            if best is not None and best.exists():
+                _name(best, "BEST")
             if replaced is not None:
                 shutil.rmtree(replaced)
             self._prune()
@@ -222,13 +249,13 @@ class CheckpointWriter:
     def _prune(self) -> None:
         best = self.folder / "BEST"
         kept = {best.read_text().strip()} if best.is_file() else set()
-        for path in sorted(self.folder.glob("checkpoint_*"))[: -self.keep]:
+        for path in _by_step(self.folder)[: -self.keep]:
             if path.name not in kept:
-                shutil.rmtree(self._hide(path))
+                shutil.rmtree(self._hide(path, "removed"))
 
-    def _hide(self, path: Path) -> Path:
+    def _hide(self, path: Path, why: str) -> Path:
         """Take it out of sight, so that one cut in half is never looked at."""
-        hidden = self.folder / f".removed.{path.name}.{os.getpid()}"
+        hidden = self.folder / f".{why}.{path.name}.{os.getpid()}"
         os.rename(path, hidden)
         return hidden
 

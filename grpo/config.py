@@ -482,17 +482,18 @@ MAY_CHANGE = (
 
 def differences(before: RunConfig, now: RunConfig) -> list[str]:
     """Keys that make another run of it, with both values: `key (before -> now)`."""
-
-    def value(config: Any, key: str) -> Any:
-        for name in key.split("."):
-            config = getattr(config, name)
-        return config
-
     return [
-        f"{key} ({value(before, key)} -> {value(now, key)})"
+        f"{key} ({key_value(before, key)} -> {key_value(now, key)})"
         for key in known_keys()
-        if value(before, key) != value(now, key) and key not in MAY_CHANGE and key.split(".")[0] not in MAY_CHANGE
+        if key_value(before, key) != key_value(now, key) and key not in MAY_CHANGE and key.split(".")[0] not in MAY_CHANGE
     ]
+
+
+def key_value(config: RunConfig, key: str) -> Any:
+    """What `config` has for `section.name`."""
+    for name in key.split("."):
+        config = getattr(config, name)
+    return config
 
 
 def known_keys(cls: type = RunConfig, prefix: str = "") -> list[str]:

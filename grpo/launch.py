@@ -129,15 +129,14 @@ def _check(arguments, mode: str, default_config: str) -> tuple[RunConfig, Path] 
     if arguments.multirun:  # a sweep's other values are checked when its jobs start
         overrides = [_first_of_sweep(override) for override in overrides]
     config = compose(name, overrides)
-    typed = [(parsed.key_or_group, parsed.value()) for parsed in map(_parse, overrides)]
-    of_hydra = {key: value for key, value in typed if key.split(".")[0] == "hydra"}
-    run_dir = None
+    typed = {parsed.key_or_group: parsed.value() for parsed in map(_parse, overrides)}
+    run_dir, typed_dir = None, typed.get("hydra.run.dir")
     if config.resume is not None:
         if arguments.multirun:
             raise ConfigError(f"resume ({config.resume}) cannot be swept over: go on with each run by itself")
-        run_dir = find_run(config.resume, of_hydra.get("hydra.run.dir"), Path("outputs"), config)
+        run_dir = find_run(config.resume, None if typed_dir is None else str(typed_dir), Path("outputs"), config)
     if run_dir is not None:
-        config = resumed_config(run_dir, [(key, value) for key, value in typed if key not in of_hydra])
+        config = resumed_config(run_dir, list(typed), config)
     if config.mode != mode:
         raise ConfigError(f"mode ({config.mode}) must be {mode} for {SCRIPTS[mode]}: use {SCRIPTS[config.mode]}")
     from grpo.plan import make_plan  # here: torch is imported only once the keys are right

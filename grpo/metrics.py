@@ -238,7 +238,7 @@ class RunLog:
         return {
             "step": self.last_step,
             "seconds": round(time.time() - self.start, 3),
-            "held": self.held,
+            "held": None if self.held is None else dict(self.held),
             "files": {name: file.tell() for name, file in zip(LOGS, (self.metrics_file, self.rollouts_file), strict=True)},
             "wandb": self.wandb_id,
         }

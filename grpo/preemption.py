@@ -7,7 +7,7 @@ steps, or while it waits for work that a resumed run will do again (sampling, sc
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from grpo.errors import CheckpointError
@@ -29,6 +29,12 @@ class _Request:
     """What this process was asked; signals go to a process, so there is one."""
 
     reason: str | None = None
+    too_late: GraceOver | None = None  # once the grace period is over
+    in_ray: bool = False  # whose waits print what a signal handler raises, and go on
+
+    def raise_if_too_late(self) -> None:
+        if self.too_late is not None:
+            raise self.too_late
 
     def check(self) -> None:
         """Raise Preempted if the run was asked to end. Work beside the main thread goes on: the main thread saves it."""
@@ -40,11 +46,12 @@ REQUEST = _Request()
 
 
 @contextmanager
-def listen(grace_s: float, max_wall_time: float | None) -> Iterator[None]:
+def listen(grace_s: float, max_wall_time: float | None) -> Iterator[Callable[[], None]]:
     """Take SIGTERM, SIGUSR1 and the end of `max_wall_time` seconds as the request to end.
 
-    A second signal raises KeyboardInterrupt, and `grace_s` seconds after the request GraceOver is raised, wherever
-    the main thread is.
+    A second signal raises KeyboardInterrupt, and `grace_s` seconds after the request GraceOver is raised, wherever the main
+    thread is; waits for Ray look at `REQUEST.raise_if_too_late`. Yields what takes the signals again, since Ray takes
+    SIGTERM for itself when it starts.
     """
 
     def ask(reason: str) -> None:
@@ -63,21 +70,27 @@ def listen(grace_s: float, max_wall_time: float | None) -> Iterator[None]:
     def on_clock(number: int, frame: object) -> None:
         if REQUEST.reason is None:
             ask("train.max_wall_time")
-        else:
-            raise GraceOver(
-                f"the run was to end ({REQUEST.reason}), and could not be saved within train.grace_s ({grace_s:g}): the "
-                "last whole checkpoint is named in checkpoints/LATEST; give it more time"
-            )
+            return
+        REQUEST.too_late = GraceOver(
+            f"the run was to end ({REQUEST.reason}), and could not be saved within train.grace_s ({grace_s:g}): the "
+            "last whole checkpoint is named in checkpoints/LATEST; give it more time"
+        )
+        if not REQUEST.in_ray:
+            raise REQUEST.too_late
 
     owner = os.getpid()
     handlers = dict.fromkeys(SIGNALS, on_signal) | {signal.SIGALRM: on_clock}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+
+    def install() -> dict[int, object]:
+        return {number: signal.signal(number, handler) for number, handler in handlers.items()}
+
+    before = install()
     signal.setitimer(signal.ITIMER_REAL, max_wall_time or 0.0)
     try:
-        yield
+        yield install
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
-        REQUEST.reason = None
+        REQUEST.reason = REQUEST.too_late = None
         for number, handler in before.items():
             signal.signal(number, handler)
 

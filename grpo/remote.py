@@ -4,6 +4,7 @@ Every wait of the driver goes through `get`. An error that a user can read (User
 itself; a death or a missed deadline comes out as one line.
 """
 
+import threading
 import time
 from typing import Any
 
@@ -47,8 +48,10 @@ def get_all(
     waiting = {call: actor for actor, call in calls.items()}
     deadline = time.monotonic() + timeout_s
     while waiting:
-        left = max(0.0, deadline - time.monotonic())
-        done, _ = ray.wait(list(waiting), timeout=min(left, LOOK_S) if can_be_left else left)
+        REQUEST.in_ray = threading.current_thread() is threading.main_thread()
+        done, _ = ray.wait(list(waiting), timeout=min(LOOK_S, max(0.0, deadline - time.monotonic())))
+        REQUEST.in_ray = False
+        REQUEST.raise_if_too_late()
         if can_be_left:
             REQUEST.check()
         if not done and time.monotonic() < deadline:

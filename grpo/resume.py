@@ -3,41 +3,77 @@
 Nothing here imports torch, so a wrong answer is given at once.
 """
 
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from grpo.config import RunConfig, differences, from_dictconfig, readable
+from grpo.config import RunConfig, differences, from_dictconfig, key_value, known_keys, readable
 from grpo.errors import ConfigError
 
 AUTO = "auto"
-CONFIG = "config.yaml"  # in a run directory: the configuration that the run has now
+# In a run directory: the configuration that the run has now, what says that it has ended, and whose it is.
+CONFIG, SUMMARY, LOCK = "config.yaml", "summary.json", ".lock"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write the file so that a kill leaves the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def write_config(config: RunConfig, run_dir: Path) -> None:
-    (run_dir / CONFIG).write_text(
-        OmegaConf.to_yaml(OmegaConf.create(asdict(config) | {"resume": None, "resume_force": False}))
-    )
+    now = asdict(config) | {"resume": None, "resume_force": False}
+    write_whole(run_dir / CONFIG, OmegaConf.to_yaml(OmegaConf.create(now)))
 
 
-def resumed_config(run_dir: Path, typed: list[tuple[str, Any]]) -> RunConfig:
-    """The configuration of the run in `run_dir` with the keys and values `typed`.
+def read_config(run_dir: Path) -> RunConfig:
+    try:
+        return from_dictconfig(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(run_dir / CONFIG)))
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(f"{run_dir / CONFIG} cannot be read: {readable(error)}") from None
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Have the run directory for this process alone, until its end; ConfigError where another one has it."""
+    with open(run_dir / LOCK, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{run_dir}: another process is training there: wait for its end, or end it") from None
+        yield
+
+
+def _is_locked(run_dir: Path) -> bool:
+    try:
+        with locked(run_dir):
+            return False
+    except ConfigError:
+        return True
+
+
+def resumed_config(run_dir: Path, typed: list[str], composed: RunConfig) -> RunConfig:
+    """The configuration of the run in `run_dir` with what `composed` has for the keys, or sections, that were `typed`.
 
     Raises ConfigError where they make another run of it and resume_force=true is not among them.
     """
-    try:
-        saved = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(run_dir / CONFIG))
-        before = from_dictconfig(saved)
-        for key, value in typed:
-            if OmegaConf.is_config(OmegaConf.select(saved, key)):
-                raise ConfigError(f"{key}: a run that goes on keeps its own; type single keys, as {key}.KEY=VALUE")
-            OmegaConf.update(saved, key, value)
-        config = from_dictconfig(saved)
-    except OmegaConfBaseException as error:
-        raise ConfigError(readable(error)) from None
+    before = read_config(run_dir)
+    merged = OmegaConf.structured(RunConfig(**vars(before)))
+    for key in known_keys():
+        if any(key == name or key.startswith(f"{name}.") for name in typed):
+            OmegaConf.update(merged, key, key_value(composed, key))
+    config = from_dictconfig(merged)
     changed = differences(before, config)
     if changed and not config.resume_force:
         raise ConfigError(
@@ -51,7 +87,7 @@ def find_run(resume: str, run_dir: str | None, outputs: Path, config: RunConfig 
     """The directory of the run that `resume` means; with `auto`, None where a new one is to start.
 
     `auto` means `run_dir` (what was typed as hydra.run.dir), or else the newest run under `outputs` of the same
-    `config` that did not end.
+    `config` that did not end and that no other process is at.
     """
     if resume != AUTO:
         if not (Path(resume) / CONFIG).is_file():
@@ -61,6 +97,7 @@ def find_run(resume: str, run_dir: str | None, outputs: Path, config: RunConfig 
         return Path(run_dir) if (Path(run_dir) / CONFIG).is_file() else None
     newest_first = sorted(outputs.glob(f"*/*/{CONFIG}"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in newest_first:
-        if not (path.parent / "summary.json").exists() and not differences(resumed_config(path.parent, []), config):
-            return path.parent
+        here = path.parent
+        if not (here / SUMMARY).exists() and not _is_locked(here) and not differences(read_config(here), config):
+            return here
     return None

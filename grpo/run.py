@@ -33,6 +33,7 @@ from grpo.plot import plot_run
 from grpo.pools import EnginePool, TrainerPool, WeightPush
 from grpo.preemption import REQUEST, saved_in_time
 from grpo.replay import refill
+from grpo.resume import SUMMARY, write_whole
 from grpo.tasks import EncodedProblems
 
 PROBE_TOKENS = 512  # of a probe text, at most
@@ -43,13 +44,15 @@ class Progress:
     """How far a run is: its state but for tensors and files."""
 
     num_steps: int = 0
+    steps_of_collection: int = 0  # of them, on the collection that is being trained on
     samples_trained: int = 0
     policy_version: int = 0
     position: int = 0  # prompts whose collections were handed out
     evaluated: bool = True  # whether the evaluation that was due after the last push was made
     skipped_in_a_row: int = 0  # steps that were not finite
     before: dict[str, float] | None = None  # held-out accuracy before training
-    best_accuracy: float | None = None  # on the validation split
+    best_accuracy: float | None = None  # on the validation split,
+    best_step: int | None = None  # after this step
     evaluations_since_best: int = 0
     training_s: float = 0.0  # of the processes before this one
     phases_s: dict[str, float] = field(default_factory=dict)  # `Clock.total`
@@ -155,11 +158,7 @@ class Run:
         """train.epochs passes over `rollouts` [G] in optimiser batches [B]; a resumed run leaves out what it has done."""
         refill(self.replay_buffer, rollouts, [self.config.seed, self.progress.position])
         batches = chain.from_iterable(self.replay_buffer for _ in range(self.config.train.epochs))
-        yield from islice(batches, self._steps_of_collection, None)
-
-    @property
-    def _steps_of_collection(self) -> int:
-        return self.progress.num_steps % self.config.steps_per_collection
+        yield from islice(batches, self.progress.steps_of_collection, None)
 
     def _wait_for_collection(self) -> TensorDict:
         with self.clock.phase("wait"):
@@ -174,11 +173,12 @@ class Run:
     def step(self, batch: TensorDict) -> None:
         """One optimiser step on `batch` [B], logged."""
         now = self.progress
-        first_epoch = self._steps_of_collection < self.config.batches_per_collection
+        first_epoch = now.steps_of_collection < self.config.batches_per_collection
         with_log_probs = first_epoch and self.config.logging.rollout_tokens
         with self.clock.phase("train"):
             metrics, log_probs = self.trainer.step(batch.exclude("records"), now.num_steps + 1, with_log_probs)
         now.num_steps += 1
+        now.steps_of_collection += 1
         length = int(batch["prompt_length"][0] + batch["response_length"][0])
         self.probe = batch["tokens"][0, : min(length - 1, PROBE_TOKENS)].tolist()  # vLLM wants room for one more
         now.samples_trained += len(batch)
@@ -190,8 +190,9 @@ class Run:
         self.log.step(now.num_steps, now.policy_version, metrics)
         self._count_skipped(metrics)
         self.writer.poll()
-        if self._steps_of_collection:  # after the last one comes the push
-            self._save_if_due(now.num_steps - 1)
+        if now.steps_of_collection < self.config.steps_per_collection:  # after the last one comes the push
+            if self.config.train.sync_iter:  # else the collection beside it would have to be waited for
+                self._save_if_due(now.num_steps - 1)
             REQUEST.check()
 
     def _count_skipped(self, metrics: dict[str, float]) -> None:
@@ -211,17 +212,17 @@ class Run:
         with self.clock.phase("push"):
             now.policy_version += 1
             self.push(now.policy_version)
-        self.rollouts = None
+        taken, now.steps_of_collection, self.rollouts = now.steps_of_collection, 0, None
         metrics = self.clock.take()
         if self.config.train.probe_frequency and now.policy_version % self.config.train.probe_frequency == 0:
             metrics["sync/probe_difference"] = self.push.probe(now.policy_version, self.probe)
         self.log.add(metrics)
-        before = now.num_steps - self.config.steps_per_collection
+        before = now.num_steps - taken
         now.evaluated = not _is_due(self.config.train.eval_frequency, before, now.num_steps)
         if not now.evaluated:
             self._evaluate()
-        # What was due at a step before this one of the collection was saved there.
-        self._save_if_due(now.num_steps - 1)
+        # What was due at an earlier step of the collection was saved there, but for a collection beside training.
+        self._save_if_due(now.num_steps - 1 if self.config.train.sync_iter else before)
         REQUEST.check()
 
     def _evaluate(self) -> None:
@@ -231,8 +232,8 @@ class Run:
         now.evaluated, is_best = True, now.best_accuracy is None or found > now.best_accuracy
         now.evaluations_since_best = 0 if is_best else now.evaluations_since_best + 1
         if is_best:
-            now.best_accuracy = found
-            self.save(is_best=True)
+            now.best_accuracy, now.best_step = found, now.num_steps
+            self.save()
 
     def _save_if_due(self, before: int) -> None:
         if _is_due(self.config.train.checkpoint_frequency, before, self.progress.num_steps):
@@ -242,24 +243,24 @@ class Run:
     def _where(self) -> tuple:
         return self.progress.num_steps, self.progress.evaluated, self.progress.before is None
 
-    def save(self, is_best: bool = False) -> None:
+    def save(self) -> None:
         """Begin a checkpoint of the run as it is now, unless there is one; it is written beside what follows."""
         if self.saved == self._where:
             return
         with self.clock.phase("checkpoint"):
             collections = {}
-            if self._steps_of_collection:
+            if self.progress.steps_of_collection:
                 collections["collection"] = self.rollouts
             if self.ahead is not None:  # it was sampled under weights that are gone by then
                 collections["ahead"] = self._wait_for_collection()
-            times = {"training_s": self._training_s, "phases_s": self.clock.total}
+            times = {"training_s": self._training_s, "phases_s": dict(self.clock.total)}
             state = {
                 "progress": asdict(self.progress) | times,
                 "log": self.log.position,
                 "config": asdict(self.config),
                 "data": self.data["train"].fingerprint,
             }
-            self.writer.start(self.progress.num_steps, state, collections, is_best)
+            self.writer.start(self.progress.num_steps, state, collections, self.progress.best_step)
             self.saved = self._where
 
     def save_and_end(self) -> str:
@@ -308,7 +309,7 @@ class Run:
             "phases_s": {name: round(s, 3) for name, s in self.clock.total.items() if name not in ("eval", "checkpoint")},
             "restarts": {},
         }
-        (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        write_whole(self.run_dir / SUMMARY, json.dumps(summary, indent=2) + "\n")
         plot_run(self.run_dir)
         print(
             f"\n{now.samples_trained} responses in {now.num_steps} steps, {training_s:.0f} s of training "

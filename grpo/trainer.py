@@ -182,12 +182,12 @@ class TrainerActor:
         metrics["train/skipped_updates"] = float(not update)
         metrics["train/grad_norm"] = norm if math.isfinite(norm) else 0.0
         # The same on every rank, since both are sums over all of them. A scaler's overflows are part of its work.
-        finite = math.isfinite(norm) and math.isfinite(metrics["train/loss"])
+        metrics["train/not_finite"] = float(not math.isfinite(metrics["train/loss"]))
         if self.scaler is not None:
-            metrics["train/overflows"] = float(not finite)
+            metrics["train/overflows"] = float(not math.isfinite(norm))
             metrics["train/grad_scale"] = self.scaler.get_scale()
-        else:
-            metrics["train/not_finite"] = float(not finite)
+        elif not math.isfinite(norm):
+            metrics["train/not_finite"] = 1.0
         metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         set_lora_dropout(self.model, False)
         return metrics, log_probs
@@ -213,11 +213,14 @@ class TrainerActor:
 
     def _optimise(self, loss_is_finite: bool) -> float:
         """Take the step, or leave the weights where loss or gradients are not finite; returns the gradient norm."""
+        if not loss_is_finite:
+            self.optimizer.zero_grad()
+            return 0.0
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.trainable, self.spec.optimizer.clip_grad_norm)
         norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        finite = math.isfinite(norm) and loss_is_finite
+        finite = math.isfinite(norm)
         if self.scaler is not None:
             self.scaler.step(self.optimizer)  # which any rank's overflow prevents on all of them
             self.scaler.update()

@@ -45,7 +45,7 @@ def write(tmp_path):
     def write(*steps: int, best: int | None = None) -> CheckpointWriter:
         for step in steps:
             trainer.value = float(step)
-            writer.start(step, {"step": step}, {"collection": collection(step, 2)}, is_best=step == best)
+            writer.start(step, {"step": step}, {"collection": collection(step, 2)}, best_step=best)
             writer.finish()
         return writer
 
@@ -92,6 +92,40 @@ def test_the_last_ones_and_the_best_are_kept(write, tmp_path):
     write(1, 2, 3, 4, 5, best=2)
     assert file_names(folder(tmp_path)) == ["BEST", "LATEST", *(f"checkpoint_{n:06d}" for n in (2, 3, 4, 5))]
     assert (folder(tmp_path) / "BEST").read_text() == "checkpoint_000002\n"
+
+
+def test_best_is_named_again_where_a_kill_came_before_it(write, tmp_path):
+    write(1, 2, best=1)
+    (folder(tmp_path) / "BEST").unlink()
+    write(3, best=1)
+    assert (folder(tmp_path) / "BEST").read_text() == "checkpoint_000001\n"
+
+
+def test_steps_are_compared_as_numbers(write, tmp_path):
+    write(999_999, 1_000_000, 1_000_001, 1_000_002)
+    assert newest(tmp_path).state["step"] == 1_000_002
+    assert not (folder(tmp_path) / "checkpoint_999999").exists()
+
+
+def test_a_kill_between_the_two_renames_of_a_replacement_loses_nothing(write, tmp_path):
+    write(1)
+    whole = folder(tmp_path) / "checkpoint_000001"
+    os.rename(whole, folder(tmp_path) / ".replaced.checkpoint_000001.4711")
+    assert newest(tmp_path).path == whole
+
+
+def test_damaged_ones_are_set_aside_and_count_for_nothing(write, tmp_path):
+    write(1, 2, 3)
+    for name in ("checkpoint_000002", "checkpoint_000003"):
+        flip(folder(tmp_path) / name)
+    writer = CheckpointWriter(tmp_path, 1, write.trainer, newest(tmp_path))
+    writer.start(2, {"step": 2}, {})
+    writer.finish()
+    writer.close()
+    assert newest(tmp_path).state["step"] == 2
+    names = file_names(folder(tmp_path))
+    assert names[:2] == ["LATEST", "checkpoint_000002"]
+    assert [name.rsplit("_", 1)[0] for name in names[2:]] == ["damaged_checkpoint_000002", "damaged_checkpoint_000003"]
 
 
 def test_what_is_not_whole_yet_is_not_seen(write, tmp_path):

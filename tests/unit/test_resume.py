@@ -6,7 +6,7 @@ import pytest
 
 from grpo.errors import ConfigError
 from grpo.launch import compose
-from grpo.resume import find_run, resumed_config, write_config
+from grpo.resume import find_run, locked, resumed_config, write_config
 
 
 def config_of(*overrides: str):
@@ -30,58 +30,69 @@ def make_run(tmp_path):
     return make
 
 
+def resumed(run_dir, *overrides: str):
+    """As launch calls it."""
+    return resumed_config(run_dir, [override.split("=")[0] for override in overrides], config_of(*overrides))
+
+
 def test_a_run_goes_on_with_its_own_configuration(make_run):
-    run_dir = make_run(
-        "a", "seed=5", "optimizer.lr=3e-5", "train_model.lora.target_modules=[q_proj,v_proj]", "objective=grpo"
-    )
-    assert resumed_config(run_dir, []) == config_of(
-        "seed=5", "optimizer.lr=3e-5", "train_model.lora.target_modules=[q_proj,v_proj]"
-    )
+    own = ["seed=5", "optimizer.lr=3e-5", "train_model.lora.target_modules=[q_proj,v_proj]", "optimizer.betas=[0.8,0.9]"]
+    assert resumed(make_run("a", *own)) == config_of(*own)
 
 
 def test_what_is_typed_comes_on_top(make_run):
     run_dir = make_run("a", "seed=5")
-    config = resumed_config(
-        run_dir, [("train.total_dialog_turns", 102400), ("logging.wandb", True), ("resume", str(run_dir))]
-    )
+    config = resumed(run_dir, "train.total_dialog_turns=102400", "logging.wandb=true", f"resume={run_dir}")
     assert (config.train.total_dialog_turns, config.logging.wandb, config.seed) == (102400, True, 5)
 
 
+def test_the_same_command_again_is_no_change(make_run):
+    own = ["objective=grpo", "train_model.lora.target_modules=[q_proj,v_proj]", "optimizer.betas=[0.8,0.9]", "seed=3"]
+    assert resumed(make_run("a", *own), *own) == config_of(*own)
+
+
 @pytest.mark.parametrize(
-    ("key", "value", "shown"),
+    ("override", "shown"),
     [
-        ("seed", 1, r"seed \(0 -> 1\)"),
-        ("model.name", "other/model", r"model.name \(builtin/arithmetic -> other/model\)"),
-        ("env.dataset", "gsm8k", "env.dataset"),
-        ("train.dialog_turns_per_batch", 1024, "train.dialog_turns_per_batch"),
-        ("optimizer.lr", 1.0, "optimizer.lr"),
-        ("train_model.lora.enabled", True, "train_model.lora.enabled"),
+        ("seed=1", r"seed \(0 -> 1\)"),
+        ("model.name=other/model", r"model.name \(builtin/arithmetic -> other/model\)"),
+        ("model=qwen2_5_3b", r"model.name \(builtin/arithmetic -> Qwen/Qwen2.5-3B-Instruct\)"),
+        ("env.dataset=gsm8k", "env.dataset"),
+        ("train.optim_batch_size=256", "train.optim_batch_size"),
+        ("optimizer.lr=1.0", "optimizer.lr"),
+        ("train_model.lora.enabled=true", "train_model.lora.enabled"),
+        ("optimizer.betas=[0.5,0.5]", "optimizer.betas"),
     ],
 )
-def test_a_change_that_matters_is_refused_by_name_unless_forced(make_run, key, value, shown):
+def test_a_change_that_matters_is_refused_by_name_unless_forced(make_run, override, shown):
     run_dir = make_run("a")
-    typed = [(key, value)] + [("train.buffer_size", value)] * (key == "train.dialog_turns_per_batch")
     with pytest.raises(ConfigError, match=rf"{shown}.*would make another run of it: .*resume_force=true"):
-        resumed_config(run_dir, typed)
-    forced = resumed_config(run_dir, [*typed, ("resume_force", True)])
-    for name in key.split("."):
-        forced = getattr(forced, name)
-    assert forced == value
+        resumed(run_dir, override)
+    forced = resumed(run_dir, override, "resume_force=true")
+    assert forced == config_of(override, "resume_force=true")
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("train_model.num_devices", 2), ("inference_model.num_devices", 2), ("train.checkpoint_frequency", 7)]
+    "override", ["train_model.num_devices=2", "inference_model.num_devices=2", "train.checkpoint_frequency=7"]
 )
-def test_how_a_run_is_spread_and_saved_may_change(make_run, key, value):
-    resumed_config(make_run("a"), [(key, value)])
+def test_how_a_run_is_spread_and_saved_may_change(make_run, override):
+    assert resumed(make_run("a"), override) == config_of(override)
 
 
-def test_wrong_values_and_whole_groups_are_refused(make_run):
+def test_a_configuration_that_cannot_be_read_is_said_so(make_run):
     run_dir = make_run("a")
-    with pytest.raises(ConfigError, match=r"optimizer.lr \(-1.0\) must be above 0"):
-        resumed_config(run_dir, [("optimizer.lr", -1.0)])
-    with pytest.raises(ConfigError, match="objective: a run that goes on keeps its own"):
-        resumed_config(run_dir, [("objective", "grpo")])
+    (run_dir / "config.yaml").write_text("train: {epochs: [")
+    with pytest.raises(ConfigError, match=r"config.yaml cannot be read"):
+        resumed(run_dir)
+
+
+def test_a_run_directory_belongs_to_one_process(make_run):
+    run_dir = make_run("a")
+    with locked(run_dir):
+        with pytest.raises(ConfigError, match="another process is training there"), locked(run_dir):
+            pass
+        assert find_run("auto", None, run_dir.parents[1], config_of()) is None
+    assert find_run("auto", None, run_dir.parents[1], config_of()) == run_dir
 
 
 def test_a_directory_without_a_run_is_named(tmp_path):
