@@ -28,14 +28,17 @@ def test_a_local_file_is_split_into_three_parts_that_share_nothing(tmp_path):
     assert {split: len(problems) for split, problems in splits.items()} == {"train": 7, "validation": 3, "test": 2}
     questions = [problem.question for problems in splits.values() for problem in problems]
     assert sorted(questions) == sorted(row["question"] for row in rows(12))
-    assert splits["train"][0] == Problem("Question 1?", "1000")
+    assert Problem("Question 1?", "1000", "It is 1 times 1,000.\n#### 1,000") in splits["train"]
+    assert [problem.answer for problem in splits["test"]] == ["11000", "12000"]
 
 
 def test_the_last_stated_number_of_a_solution_is_its_answer(tmp_path):
     lines = rows(12)
     lines[0]["answer"] = "First #### 3, no: #### -1,234.50"
     lines[1]["answer"] = "#### $18"
-    problems = load(env(write(tmp_path / "data.jsonl", lines))).problems("train")
+    problems = sorted(
+        load(env(write(tmp_path / "data.jsonl", lines))).problems("train"), key=lambda p: int(p.question[9:-1])
+    )
     task = GSM8K({})
     assert task.grade(problems[0], "#### -1234.5").correct
     assert not task.grade(problems[0], "#### 3").correct
@@ -68,7 +71,7 @@ def test_a_line_separator_inside_a_text_does_not_end_the_line(tmp_path):
     lines[0]["question"] = "One\u2028line?"
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    assert load(env(str(path))).problems("train")[0].question == "One\u2028line?"
+    assert "One\u2028line?" in [problem.question for problem in load(env(str(path))).problems("train")]
 
 
 def test_a_missing_file_is_named():
@@ -106,7 +109,7 @@ UNPARSEABLE = (0.0, "unparseable", None)
         ("#### −5", "-5", (1.0, "correct", "-5")),
         ("#### -$5", "-5", (1.0, "correct", "-5")),
         ("#### .5", "1/2", (1.0, "correct", "1/2")),
-        ("#### 5/6", "5", (0.0, "unparseable", None)),
+        ("#### 5/6", "5", (0.1, "wrong", "5/6")),
         ("#### 1e3", "1", (0.0, "unparseable", None)),
         ("#### 14 apples", "14", (1.0, "correct", "14")),
         ("#### 0.1", "1/10", (1.0, "correct", "1/10")),

@@ -13,18 +13,19 @@ class Sums:
     """A stub task with one short, one long and one middling prompt."""
 
     system_prompt = "add"
+    examples = []
 
     def problems(self, split: str) -> list[Problem]:
         return {"train": [Problem("1+1", "2"), Problem("1+1+1+1+1+1", "6"), Problem("1+2+3", "6")], "test": []}[split]
 
 
 def test_the_tasks_there_are():
-    assert tasks.names() == ["arithmetic", "gsm8k"]
+    assert tasks.names() == ["arithmetic", "countdown", "gsm8k", "math"]
 
 
 def test_an_unknown_dataset_is_an_error_that_lists_the_known_ones():
-    with pytest.raises(ConfigError, match=r"env.dataset \(math\) must be one of arithmetic, gsm8k"):
-        tasks.load(EnvConfig(dataset="math"))
+    with pytest.raises(ConfigError, match=r"env.dataset \(maths\) must be one of arithmetic, countdown, gsm8k, math"):
+        tasks.load(EnvConfig(dataset="maths"))
 
 
 def test_a_prompt_goes_through_the_chat_template():
