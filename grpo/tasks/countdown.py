@@ -1,8 +1,8 @@
 """Countdown: make an expression of given numbers, each used exactly once, that is worth a target.
 
-Problems are generated from a fixed seed, each from a random expression, so that every one is solvable, or read from a local
-file of {"numbers": [3, 5, 7], "target": 22} rows. A problem is its multiset of numbers and its target, and no multiset is in two
-splits. Expressions are evaluated here, over exact fractions: + - * / (also × ÷ −) and parentheses, nothing else.
+Problems are generated from a fixed seed, each from a random expression, so that every one is solvable, or read from a
+local file of {"numbers": [3, 5, 7], "target": 22} rows. No two generated problems have the same numbers, so no two splits
+share any. Expressions are evaluated here, over exact fractions: + - * / (also × ÷ −) and parentheses, nothing else.
 """
 
 import json
@@ -19,10 +19,10 @@ from grpo.tasks import Problem
 from grpo.tasks.data import read_file, split_problems, take_examples
 
 SEED = 1234
-COUNTS = (3, 4)  # numbers a problem, as many problems of each: a 3B model solves some of both
+COUNTS = (3, 4)  # numbers a problem, drawn alike: a 3B model solves some of both
 NUMBERS = range(1, 51)
 TARGETS = range(1, 101)
-TRAIN_SIZE = 20_000
+TRAIN_SIZE = 10_000
 
 MAX_EXPRESSION = 200  # characters
 MAX_DEPTH = 20  # parentheses and signs inside one another
@@ -40,7 +40,10 @@ class ExpressionError(Exception):
 
 
 class _Parser:
-    """Recursive descent over tokens: sum = product {(+|-) product}; product = unary {(*|/) unary}; unary = [-|+] unary | atom."""
+    """Recursive descent over tokens, at most MAX_DEPTH deep.
+
+    sum = product {(+|-) product}; product = unary {(*|/) unary}; unary = (+|-) unary | ( sum ) | number.
+    """
 
     def __init__(self, tokens: list[str]) -> None:
         self.tokens, self.at, self.depth = tokens, 0, 0
@@ -127,10 +130,6 @@ def make_problem(numbers: list[int], target: int, solution: str = "") -> Problem
     return Problem(question, json.dumps({"numbers": numbers, "target": target}), solution)
 
 
-def _join(left: str, sign: str, right: str) -> str:
-    return f"({left} {sign} {right})"
-
-
 def _draw(generator: random.Random, count: int) -> tuple[list[int], int, str] | None:
     """Numbers, target and a solution, from a random expression; None where its value is no target."""
     numbers = [generator.choice(NUMBERS) for _ in range(count)]
@@ -141,7 +140,7 @@ def _draw(generator: random.Random, count: int) -> tuple[list[int], int, str] | 
         if sign == "/" and (b == 0 or (a / b).denominator != 1):
             return None
         value = {"+": a + b, "-": a - b, "*": a * b}[sign] if sign != "/" else a / b
-        parts.append((value, _join(left, sign, right)))
+        parts.append((value, f"({left} {sign} {right})"))
     value, solution = parts[0]
     return (numbers, int(value), solution[1:-1]) if value in TARGETS else None
 
@@ -150,8 +149,7 @@ def generate(seed: int) -> Iterator[Problem]:
     """Solvable problems without end, the same for the same seed, no two with the same numbers."""
     generator, seen = random.Random(seed), set()
     while True:
-        count = COUNTS[len(seen) % len(COUNTS)]
-        drawn = _draw(generator, count)
+        drawn = _draw(generator, generator.choice(COUNTS))
         if drawn is not None and tuple(sorted(drawn[0])) not in seen:
             seen.add(tuple(sorted(drawn[0])))
             yield make_problem(*drawn)
@@ -159,8 +157,8 @@ def generate(seed: int) -> Iterator[Problem]:
 
 class Countdown:
     system_prompt = (
-        "Find an expression that uses each of the given numbers exactly once and equals the target. Think step by step, then "
-        "give the expression alone as <answer>EXPRESSION</answer>."
+        "Find an expression that uses each of the given numbers exactly once and equals the target. Think step by step, "
+        "then give the expression alone as <answer>EXPRESSION</answer>."
     )
 
     def __init__(self, splits: dict[str, list[Problem]], examples: list[tuple[str, str]] | None = None) -> None:
@@ -202,9 +200,7 @@ def load(config: EnvConfig) -> Countdown:
         splits = split_problems(rows, test, config, "countdown")
     else:
         if config.few_shot:
-            raise DataError(
-                f"env.few_shot ({config.few_shot}) must be 0 with env.data ({config.data}): its rows have no solutions to show"
-            )
+            raise DataError(f"env.few_shot ({config.few_shot}) must be 0 with env.data: its rows have no solutions to show")
         rows = [_row_problem(row, f"env.data {config.data}:{i}") for i, row in enumerate(read_file(config.data), start=1)]
         splits = split_problems(rows, None, config, f"env.data ({config.data})")
     examples = take_examples(splits, config)

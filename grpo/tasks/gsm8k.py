@@ -8,18 +8,17 @@ A response is graded by its last stated final answer. An answer is stated by one
     #### 18                  <answer>18</answer>        \\boxed{18}
     A: 18 (starts a line)    The answer is 18.          Final answer: 18
 
-in any mix. Numbers may have a sign, a currency, separators of thousands (commas, spaces), decimals, a unit, Markdown or LaTeX
-around them, and may be fractions (3/4, 1 1/2, \\frac{3}{4}, ¾). All are compared as exact fractions, nothing is rounded.
+in any mix. Numbers may have a sign, a currency, separators of thousands (commas, spaces), decimals, a unit, Markdown or
+LaTeX around them, and may be fractions (3/4, 1 1/2, \\frac{3}{4}, ¾). All are compared as exact fractions, none is rounded.
 
 - Of an equation, `3 * 6 = 18`, the last side that is a number counts; nothing is computed.
 - Several numbers where one is due (`3 or 4`, `3 to 4`, `3:4`, `5 * 6`) state no answer that could be graded: unparseable.
 - A statement without a number (`#### none`, `The answer is not 18`) is none, and the one before it counts.
 - `#### 2. Find the price` with text on the lines below is a numbered heading, not an answer.
 - Percent: 50% is 1/2, and also 50 where the question asks for percent: where the last of its sentences that ends in a
-  question mark, or else its last sentence, has `percent` or `%` in it; there only a share below 1 is also taken as such, so that
-  5000% is not 50. The same holds for the words hundred, thousand,
-  million, billion, trillion and dozen: `3 million` is 3000000, and also 3 where that sentence has the word. Two numbers with the
-  same word are compared as they stand.
+  question mark, or else its last sentence, has `percent` or `%` in it. There only a share below 1 is still taken as a share,
+  so that 5000% is not 50. In the same way `3 million` is 3000000, and also 3 where that sentence has the word; likewise
+  dozen, hundred, thousand, billion and trillion. Two numbers with the same word are compared as they stand.
 - Other units are not looked at, let alone converted.
 """
 
@@ -46,7 +45,8 @@ MAX_DIGITS = 40
 
 # What announces a final answer. Every repetition is bounded or possessive, so that a scan is linear in the text.
 MARKER = re.compile(
-    r"(?P<hash>#{4,}+)"
+    r"(?P<heading>(?m:^)[#*_ ]{1,8}+(?:final )?answers?[*_ ]{0,4}+\n)"
+    r"|(?P<hash>#{4,}+)"
     r"|(?P<box>\\(?:boxed|fbox) ?\{)"
     r"|(?P<tag><answer>)"
     r"|(?P<line>(?m:^)[ \t>*_]{0,8}+A[*_]{0,2} ?:)"
@@ -57,17 +57,14 @@ MARKER = re.compile(
 
 _FULL_WIDTH = {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}
 _DASHES = dict.fromkeys(map(ord, "−–‐‑‒﹣⁻"), "-")
-_SPACES = dict.fromkeys(
-    map(ord, "\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f"), " "
-)
+_SPACES = dict.fromkeys([0xA0, 0x1680, *range(0x2000, 0x200B), 0x202F, 0x205F], " ")
 _INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u200e\u200f\u2060\ufeff\u00ad"), "")
 _VULGAR = {
     ord(sign): f" {fraction} "
-    for sign, fraction in zip(
-        "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞",
-        "1/4 1/2 3/4 1/7 1/9 1/10 1/3 2/3 1/5 2/5 3/5 4/5 1/6 5/6 1/8 3/8 5/8 7/8".split(),
-        strict=True,
-    )
+    for fraction, sign in {
+        **{"1/2": "½", "1/3": "⅓", "2/3": "⅔", "1/4": "¼", "3/4": "¾", "1/5": "⅕", "2/5": "⅖", "3/5": "⅗", "4/5": "⅘"},
+        **{"1/6": "⅙", "5/6": "⅚", "1/7": "⅐", "1/8": "⅛", "3/8": "⅜", "5/8": "⅝", "7/8": "⅞", "1/9": "⅑", "1/10": "⅒"},
+    }.items()
 }
 CHARACTERS = {**_FULL_WIDTH, **_DASHES, **_SPACES, **_INVISIBLE, **_VULGAR, ord("⁄"): "/", ord("∕"): "/", ord("≈"): "="}
 # LaTeX and Markdown around a number, in this order.
@@ -106,7 +103,8 @@ DIGITS = (
 SIGN = r"(?:[-+] ?|(?:minus|negative) )"
 NUMBER = re.compile(
     rf"(?P<sign>{SIGN})?(?:{CURRENCY} ?)*(?P<inner>{SIGN})?(?:"
-    rf"(?P<whole>[0-9]{{1,{MAX_DIGITS}}})(?: {{1,3}}| ?-| and )(?P<part>[0-9]{{1,{MAX_DIGITS}}}) ?/ ?(?P<parts>[0-9]{{1,{MAX_DIGITS}}})"
+    rf"(?P<whole>[0-9]{{1,{MAX_DIGITS}}})(?: {{1,3}}| ?-| and )"
+    rf"(?P<part>[0-9]{{1,{MAX_DIGITS}}}) ?/ ?(?P<parts>[0-9]{{1,{MAX_DIGITS}}})"
     rf"|(?P<above>{DIGITS}) ?/ ?(?P<below>{DIGITS})"
     rf"|(?P<plain>{DIGITS}(?:\.[0-9]{{1,{MAX_DIGITS}}})?|\.[0-9]{{1,{MAX_DIGITS}}})"
     r")",
@@ -126,12 +124,13 @@ SCALE = re.compile(
     r"|(?P<word>dozen|hundred|thousand|million|billion|trillion)s?\b)",
     re.IGNORECASE,
 )
-# What may not follow a number that is to stand for itself: more digits, an operator, a power, another number. `18 dollars, or
-# 1800 cents` is one amount in two units.
+# What may not follow a number that is to stand for itself: more digits, an operator, a power, another number.
+# `18 dollars, or 1800 cents` is one amount in two units.
 CONTINUED = re.compile(
     r"[0-9⁰¹²³⁴⁵⁶⁷⁸⁹]|[.,:][0-9]|e[-+]?[0-9]|[kKMB](?![a-zA-Z0-9])|x(?![a-zA-Z])"
     r"|\*[\w$(\\]| \*+ ?[\w$(\\]|[)}\]$ ]{0,4}(?:[+^×÷·=<>√π/]|-(?= ?[0-9$(]))(?!/? ?[a-zA-Z])| ?\\[a-zA-Z]| x [0-9]"
     r"| (?:hours?|hrs?|minutes?|min|dollars?|feet|foot|ft|pounds?|lbs?|years?|months?|weeks?|days?) [0-9]"
+    r"| [a-zA-Z]{1,15} ?[-*×÷+=/] ?[$0-9]"
     rf"|(?! ?(?P<unit>[a-zA-Z]{{2,15}}),? or {CURRENCY}?[0-9][0-9,.]{{0,30}} (?!(?P=unit)\b)[a-zA-Z])"
     rf" ?[a-zA-Z]{{0,15}}(?: ?[,;&] ?| and | or |-or-| to )(?:and |or )?{CURRENCY}?-?[0-9]",
 )
@@ -139,6 +138,7 @@ CONTINUED = re.compile(
 NOT_PROSE = re.compile(
     r"\b(?:not|never|neither|nor|cannot|between|than|from|if)\b|n['’]t\b|\\[a-zA-Z]|[*+/^×÷·√]", re.IGNORECASE
 )
+PROSE = ("heading", "words")  # markers after which the number may stand among words
 SENTENCE_END = re.compile(r"(?<!\bRs)[.!?](?=\s|$)|\n")
 HEADING = re.compile(r" ?[0-9]{1,2}[.):] {1,3}[A-Za-z][^\n]{0,200}\n\s{0,20}\S")
 
@@ -271,8 +271,8 @@ def _statement(marker: re.Match, text: str, end: int) -> Value | None:
     if kind == "hash" and HEADING.match(after):
         return None
     after = after[OPENING.match(after).end() :]
-    clause = SENTENCE_END.split(after, maxsplit=1)[0] if kind == "words" else after.split("\n", 1)[0]
-    return read_clause(clause, prose=kind == "words")
+    clause = SENTENCE_END.split(after, maxsplit=1)[0] if kind in PROSE else after.split("\n", 1)[0]
+    return read_clause(clause, prose=kind in PROSE)
 
 
 def final_answer(response: str) -> Value | None:

@@ -1,11 +1,11 @@
 """Competition mathematics: problems whose solution ends in a boxed answer, which may be any LaTeX.
 
-The data is the hub's `DigitalLearningGmbH/MATH-lighteval` to train on and `HuggingFaceH4/MATH-500` to test on, or a local file
-of {"problem", "solution"} rows, the answer being the last \\boxed{...} of the solution, or {"problem", "answer"} rows.
+The data is the hub's `DigitalLearningGmbH/MATH-lighteval` to train on and `HuggingFaceH4/MATH-500` to test on, or a local
+file of {"problem", "solution"} rows, the answer being the last \\boxed{...} of the solution, or {"problem", "answer"} rows.
 
 Answers are compared by math-verify (https://github.com/huggingface/Math-Verify), as expressions and not as text. Its own
-time limits are signals and are switched off: a comparison may take as long as SymPy likes, so grade() belongs in a process with
-a time limit. Only the last boxed answer goes into it.
+time limits are signals and are switched off: a comparison may take as long as SymPy likes, so grade() belongs in a process
+with a time limit. Only the last boxed answer goes into it, whole or not at all.
 """
 
 import logging

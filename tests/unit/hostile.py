@@ -212,7 +212,7 @@ COUNTS = (1, 10, 100, 1_000, 10_000, 20_000)
 
 
 def pathological() -> Iterator[str]:
-    """1,000 texts, each the worst of its kind for some grader: nested, repeated, huge, or cut in the middle of a character."""
+    """1,000 texts, each the worst of its kind for some grader: nested, repeated, huge, or cut inside a character."""
     texts = [
         "",
         "9**9**9**9",
