@@ -50,8 +50,10 @@ MARKER = re.compile(
     r"|(?P<box>\\(?:boxed|fbox) ?\{)"
     r"|(?P<tag><answer>)"
     r"|(?P<line>(?m:^)[ \t>*_]{0,8}+A[*_]{0,2} ?:)"
-    r"|(?P<words>\banswers?\b(?: {1,3}(?:to|for|of|in) [^.:=\n]{0,80}?| \([^()\n]{0,40}\))?[ *_]{0,4}"
-    r"(?:[:=]|\b(?:is|are|was|equals|becomes|(?:will|would|should|must|to) be|comes(?: out)? to)\b(?!n['’]t)(?: ?:)?))",
+    r"|(?P<words>\banswers?\b(?: {1,3}(?:to|for|of|in) [^.:=\n]{0,80}?| \([^()\n]{0,40}\)|, [a-z ]{1,20},"
+    r"| (?:I|we|you) [a-z]{1,12}(?: [a-z]{1,12})?)?[ *_]{0,4}"
+    r"(?:[:=]|[-–—](?= )"
+    r"|\b(?:is|are|was|equals|becomes|(?:will|would|should|must|to) be|comes(?: out)? to)\b(?!n['’]t)(?: ?:)?))",
     re.IGNORECASE,
 )
 
@@ -91,7 +93,7 @@ MARKUP = [
 
 OPENING = re.compile(r"(?:\s|\\[(\[]|[*_$:])*+")
 LEAD = re.compile(
-    r"(?:[\s*_:=({\[\"'“‘>]|(?:approximately|about|around|exactly|simply|just|therefore|thus|indeed|now|only|roughly"
+    r"(?:[\s*_:=({\[\"'“‘]|[-=]>|(?:approximately|about|around|exactly|simply|just|therefore|thus|indeed|now|only|roughly"
     r"|equal to|a total of|therefore)\b[,:]?)*+",
     re.IGNORECASE,
 )
@@ -128,7 +130,8 @@ SCALE = re.compile(
 # `18 dollars, or 1800 cents` is one amount in two units.
 CONTINUED = re.compile(
     r"[0-9⁰¹²³⁴⁵⁶⁷⁸⁹]|[.,:][0-9]|e[-+]?[0-9]|[kKMB](?![a-zA-Z0-9])|x(?![a-zA-Z])"
-    r"|\*[\w$(\\]| \*+ ?[\w$(\\]|[)}\]$ ]{0,4}(?:[+^×÷·=<>√π/]|-(?= ?[0-9$(]))(?!/? ?[a-zA-Z])| ?\\[a-zA-Z]| x [0-9]"
+    r"|\*[\w$(\\]| \*+ ?[\w$(\\]|[)}\]$ ]{0,4}(?:[+^×÷·=>√π]|<(?![|/])|/(?! ?[a-zA-Z])|-(?= ?[0-9$(]))"
+    r"|\.{2,4}[0-9]| ?\\(?!n\b)[a-zA-Z]| x [0-9]"
     r"| (?:hours?|hrs?|minutes?|min|dollars?|feet|foot|ft|pounds?|lbs?|years?|months?|weeks?|days?) [0-9]"
     r"| [a-zA-Z]{1,15} ?[-*×÷+=/] ?[$0-9]"
     rf"|(?! ?(?P<unit>[a-zA-Z]{{2,15}}),? or {CURRENCY}?[0-9][0-9,.]{{0,30}} (?!(?P=unit)\b)[a-zA-Z])"
@@ -136,7 +139,7 @@ CONTINUED = re.compile(
 )
 # What may not stand between a marker and a number further on.
 NOT_PROSE = re.compile(
-    r"\b(?:not|never|neither|nor|cannot|between|than|from|if)\b|n['’]t\b|\\[a-zA-Z]|[*+/^×÷·√]", re.IGNORECASE
+    r"\b(?:not|never|neither|nor|cannot|between|than|least|most|from|if)\b|n['’]t\b|\\[a-zA-Z]|[*+/^×÷·√<>≤≥]", re.IGNORECASE
 )
 PROSE = ("heading", "words")  # markers after which the number may stand among words
 SENTENCE_END = re.compile(r"(?<!\bRs)[.!?](?=\s|$)|\n")
