@@ -189,7 +189,7 @@ def _row_problem(row: dict, where: str) -> Problem:
         raise DataError(f"{where}: numbers ({str(numbers)[:60]}) must be a list of 2 to {MAX_NUMBERS} whole numbers")
     if min(numbers) < 0 or not whole(target):
         raise DataError(f"{where}: target ({str(target)[:60]}) must be a whole number, and numbers must not be negative")
-    return make_problem(numbers, target)
+    return make_problem(sorted(numbers), target)  # so that rows in another order count as the same question
 
 
 def load(config: EnvConfig) -> Countdown:

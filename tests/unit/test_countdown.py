@@ -142,12 +142,22 @@ def test_no_two_splits_share_numbers():
     assert not numbers["validation"] & numbers["test"]
 
 
+def test_rows_in_another_order_are_the_same_problem(tmp_path):
+    rows = [{"numbers": [i, 2, 3], "target": 9} for i in range(10)]
+    rows[0]["numbers"] = [2, 9, 3]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = tasks.load(EnvConfig(dataset="countdown", data=str(path), validation_size=2, test_size=3))
+    assert len(task.problems("train")) == 4
+    assert task.problems("test")[-1] not in task.problems("train")
+
+
 def test_rows_of_a_local_file_are_problems(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"numbers": [i, 2, 3], "target": i + 5}) + "\n" for i in range(10)))
     task = tasks.load(EnvConfig(dataset="countdown", data=str(path), validation_size=2, test_size=3))
     assert [len(task.problems(split)) for split in ("train", "validation", "test")] == [5, 2, 3]
-    assert "[9, 2, 3]" in task.problems("test")[-1].question
+    assert "[2, 3, 9]" in task.problems("test")[-1].question
     assert "14" in task.problems("test")[-1].question
     assert task.grade(task.problems("test")[-1], "<answer>9 + 2 + 3</answer>").correct
     with pytest.raises(DataError, match=r"env.few_shot \(1\) must be 0 with env.data"):
