@@ -51,7 +51,11 @@ class EnvConfig:
     """The task: where prompts come from and how responses are scored."""
 
     dataset: str = "gsm8k"  # a file of grpo/tasks
-    data: str | None = None  # a local JSONL file instead of the hub's data set
+    data: str | None = None  # a local JSONL or Parquet file instead of the hub's data set
+    max_samples: int | None = None  # training problems, at most: a sample drawn by a fixed seed
+    style: str = "hash"  # what gsm8k's prompt asks for: hash (#### NUMBER), think (<think>...</think><answer>...</answer>)
+    system_prompt: str | None = None  # instead of the task's own
+    few_shot: int = 0  # solved examples before each question, taken out of the training problems
     reward_fn: str | None = None  # PATH.py:FUNCTION or MODULE:FUNCTION that replaces the task's reward
     grading_processes: int = 2
     grading_timeout_s: float = 10.0  # a response
@@ -65,6 +69,10 @@ class EnvConfig:
     def __post_init__(self) -> None:
         _at_least("env", self, 1, "num_envs", "max_prompt_length", "validation_size", "test_size", "grading_processes")
         _at_least("env", self, 0.1, "grading_timeout_s", "reward_timeout_s")
+        _at_least("env", self, 0, "few_shot")
+        if self.max_samples is not None:
+            _at_least("env", self, 1, "max_samples")
+        _one_of("env.style", self.style, ("hash", "think"))
         _check(
             self.repeats >= 2,
             "env.repeats",

@@ -29,12 +29,14 @@ class Problem:
 
     question: str
     answer: str
+    solution: str = ""  # the data set's own, where it has one: what an example of `env.few_shot` shows
 
 
 class Task(Protocol):
     """What a task module's `load` returns."""
 
-    system_prompt: str  # what the task expects of a response
+    system_prompt: str  # what the task expects of a response; `env.system_prompt` replaces it
+    examples: list[tuple[str, str]]  # questions and responses shown before every question, none of them in a split
 
     def problems(self, split: str) -> list[Problem]:
         """The problems of `train`, `validation` or `test`; no problem is in two of them."""
@@ -47,26 +49,39 @@ class Task(Protocol):
 
 def names() -> list[str]:
     """The tasks there are."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "data")  # which reads for them
 
 
 def load(config: EnvConfig) -> Task:
     """The task that `env.dataset` names; raises ConfigError where there is none."""
     if config.dataset not in names():
         raise ConfigError(f"env.dataset ({config.dataset}) must be one of {', '.join(names())}")
-    return importlib.import_module(f"{__name__}.{config.dataset}").load(config)
+    task = importlib.import_module(f"{__name__}.{config.dataset}").load(config)
+    if config.system_prompt is not None:
+        task.system_prompt = config.system_prompt
+    return task
 
 
 def encode(problem: Problem, task: Task, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """The prompt's token ids: the chat template where the tokenizer has one, plain text where it has none."""
+    """The prompt's token ids: the chat template where the tokenizer has one, plain text where it has none.
+
+    The task's examples come between the system prompt and the question, as turns of user and assistant.
+    """
     if tokenizer.chat_template is None:
-        return tokenizer(f"{task.system_prompt}\n\n{problem.question}\n")["input_ids"]
-    system, user = {"role": "system", "content": task.system_prompt}, {"role": "user", "content": problem.question}
+        shown = "".join(f"{question}\n{response}\n\n" for question, response in task.examples)
+        return tokenizer(f"{task.system_prompt}\n\n{shown}{problem.question}\n")["input_ids"]
+    turns = [
+        {"role": role, "content": content}
+        for example in task.examples
+        for role, content in zip(("user", "assistant"), example, strict=True)
+    ]
+    turns.append({"role": "user", "content": problem.question})
     template = partial(tokenizer.apply_chat_template, add_generation_prompt=True, tokenize=True, return_dict=False)
     try:
-        return template([system, user])
+        return template([{"role": "system", "content": task.system_prompt}, *turns])
     except TemplateError:  # some templates refuse a system message: it is then told by the user
-        return template([user | {"content": f"{task.system_prompt}\n\n{problem.question}"}])
+        first = turns[0] | {"content": f"{task.system_prompt}\n\n{turns[0]['content']}"}
+        return template([first, *turns[1:]])
 
 
 @dataclass

@@ -31,6 +31,12 @@ def question(expression: Expression) -> str:
     return f"What is ({a} {first} {b}) {second} {c}?"
 
 
+def solution(expression: Expression) -> str:
+    a, first, b, second, c = expression
+    inner = OPERATIONS[first](a, b)
+    return f"{a} {first} {b} = {inner}, {inner} {second} {c} = {value(expression)}. <answer>{value(expression)}</answer>"
+
+
 def family(expression: Expression) -> tuple:
     """Equal for expressions that are the same sum or product in another order."""
     a, first, b, second, c = expression
@@ -64,8 +70,11 @@ def split_expressions() -> dict[str, list[Expression]]:
 class Arithmetic:
     system_prompt = "Work the expression out step by step, then give the result as <answer>NUMBER</answer>."
 
-    def __init__(self) -> None:
+    def __init__(self, few_shot: int = 0, max_samples: int | None = None) -> None:
         self.expressions = split_expressions()
+        train = self.expressions["train"]
+        self.examples = [(question(e), solution(e)) for e in train[:few_shot]]
+        self.expressions["train"] = train[few_shot:][:max_samples]
 
     def problems(self, split: str) -> list[Problem]:
         return [Problem(question(e), str(value(e))) for e in self.expressions[split]]
@@ -84,4 +93,6 @@ class Arithmetic:
 def load(config: EnvConfig) -> Arithmetic:
     if config.data is not None:
         raise ConfigError(f"env.data ({config.data}) must be null: the arithmetic task makes its own expressions")
-    return Arithmetic()
+    if config.few_shot >= len(split_expressions()["train"]):
+        raise ConfigError(f"env.few_shot ({config.few_shot}) must leave problems to train on: lower it")
+    return Arithmetic(config.few_shot, config.max_samples)

@@ -1,91 +1,372 @@
-"""GSM8K: grade-school word problems, answered as `#### NUMBER`.
+"""GSM8K: grade-school word problems whose answer is one number.
 
-The data is the hub's `openai/gsm8k`, or a local JSONL file of {"question", "answer"} lines as OpenAI published them.
-Validation is the end of the training file; the test split is the hub's, or, with a local file, a part of it that training
-never sees.
+The data is the hub's `openai/gsm8k`, or a local file of {"question", "answer"} rows as OpenAI published them, the answer
+ending in `#### NUMBER`. grpo/tasks/data.py reads and splits them. `env.style` says which form the prompt asks for.
+
+A response is graded by its last stated final answer. An answer is stated by one of
+
+    #### 18                  <answer>18</answer>        \\boxed{18}
+    A: 18 (starts a line)    The answer is 18.          Final answer: 18
+
+in any mix. Numbers may have a sign, a currency, separators of thousands (commas, spaces), decimals, a unit, Markdown or
+LaTeX around them, and may be fractions (3/4, 1 1/2, \\frac{3}{4}, ¾). All are compared as exact fractions, none is rounded.
+
+- Of an equation, `3 * 6 = 18`, the last side that is a number counts; nothing is computed.
+- Several numbers where one is due (`3 or 4`, `3 to 4`, `3:4`, `5 * 6`) state no answer that could be graded: unparseable.
+- A statement without a number (`#### none`, `The answer is not 18`) is none, and the one before it counts.
+- `#### 2. Find the price` with text on the lines below is a numbered heading, not an answer.
+- Percent: 50% is 1/2, and also 50 where the question asks for percent: where the last of its sentences that ends in a
+  question mark, or else its last sentence, has `percent` or `%` in it. There only a share below 1 is still taken as a share,
+  so that 5000% is not 50. In the same way `3 million` is 3000000, and also 3 where that sentence has the word; likewise
+  dozen, hundred, thousand, billion and trillion. Two numbers with the same word are compared as they stand.
+- Other units are not looked at, let alone converted.
 """
 
-import json
 import re
+from collections import deque
+from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
+from functools import lru_cache
 
 from grpo.config import EnvConfig
 from grpo.errors import DataError
 from grpo.rewards import Grade
 from grpo.tasks import Problem
+from grpo.tasks.data import HubSplit, read_problems, take_examples, text_fields
 
-# A whole number, never a part of one: 5 is not read out of 5/6, 1e3 or 5.x.
-STATED = re.compile(r"####\s*([-−]?\$?(?:\d[\d,]{0,30}(?:\.\d{1,30})?|\.\d{1,30}))(?!\w|/|[.,]\d)")
+STYLES = {
+    "hash": "Solve the problem step by step. End with the final answer on a line of its own as: #### NUMBER",
+    "think": "Think the problem through step by step, then give the final answer as a number. Write your reasoning between "
+    "<think> and </think> and the answer between <answer> and </answer>: <think>REASONING</think><answer>NUMBER</answer>",
+}
+MAX_STATEMENT = 240  # characters looked at after a marker
+MAX_STATEMENTS = 1000  # markers looked at, from the end
+MAX_DIGITS = 40
+
+# What announces a final answer. Every repetition is bounded or possessive, so that a scan is linear in the text.
+MARKER = re.compile(
+    r"(?P<heading>(?m:^)[#*_ ]{1,8}+(?:final )?answers?[*_ ]{0,4}+\n)"
+    r"|(?P<hash>#{4,}+)"
+    r"|(?P<box>\\(?:boxed|fbox) ?\{)"
+    r"|(?P<tag><answer>)"
+    r"|(?P<line>(?m:^)[ \t>*_]{0,8}+A[*_]{0,2} ?:)"
+    r"|(?P<words>\banswers?\b(?: {1,3}(?:to|for|of|in) [^.:=\n]{0,80}?| \([^()\n]{0,40}\)|, [a-z ]{1,20},"
+    r"| (?:I|we|you) [a-z]{1,12}(?: [a-z]{1,12})?)?[ *_]{0,4}"
+    r"(?:[:=]|[-–—](?= )"
+    r"|\b(?:is|are|was|equals|becomes|(?:will|would|should|must|to) be|comes(?: out)? to)\b(?!n['’]t)(?: ?:)?))",
+    re.IGNORECASE,
+)
+
+_FULL_WIDTH = {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}
+_DASHES = dict.fromkeys(map(ord, "−–‐‑‒﹣⁻"), "-")
+_SPACES = dict.fromkeys([0xA0, 0x1680, *range(0x2000, 0x200B), 0x202F, 0x205F], " ")
+_INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u200e\u200f\u2060\ufeff\u00ad"), "")
+_VULGAR = {
+    ord(sign): f" {fraction} "
+    for fraction, sign in {
+        **{"1/2": "½", "1/3": "⅓", "2/3": "⅔", "1/4": "¼", "3/4": "¾", "1/5": "⅕", "2/5": "⅖", "3/5": "⅗", "4/5": "⅘"},
+        **{"1/6": "⅙", "5/6": "⅚", "1/7": "⅐", "1/8": "⅛", "3/8": "⅜", "5/8": "⅝", "7/8": "⅞", "1/9": "⅑", "1/10": "⅒"},
+    }.items()
+}
+CHARACTERS = {**_FULL_WIDTH, **_DASHES, **_SPACES, **_INVISIBLE, **_VULGAR, ord("⁄"): "/", ord("∕"): "/", ord("≈"): "="}
+# LaTeX and Markdown around a number, in this order.
+MARKUP = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"<<[^<>]{0,100}>>", ""),  # GSM8K's calculator annotations
+        (r"\{,\}|,\\!", ","),
+        (r"\\!", ""),
+        (r"\\approx(?![a-zA-Z])|\\simeq(?![a-zA-Z])", "="),
+        (r"\\(?:text|textbf|mathrm|mathbf|mbox|textit) ?\{([^{}]{0,60})\}", r" \1 "),
+        (r"\\[dt]frac(?![a-zA-Z])", r"\\frac"),
+        (r"\\frac ?\{ ?([0-9]{1,40}) ?\} ?\{ ?([0-9]{1,40}) ?\}", r" \1/\2 "),
+        (r"\\frac ?([0-9])([0-9])(?![0-9])", r" \1/\2 "),
+        (r"\^ ?\{? ?\\circ ?\}?|°", " "),
+        (r"\\(?:left|right|displaystyle|quad|qquad|bf)(?![a-zA-Z])", " "),
+        (r"\\([$%#&])", r"\1"),
+        (r"\\[()\[\]]", " "),
+        (r"\\[,;: ]|~", " "),
+        (r"\*\*|__|`", ""),
+        (r"[ \t]+", " "),
+    )
+]
+
+OPENING = re.compile(r"(?:\s|\\[(\[]|[*_$:])*+")
+LEAD = re.compile(
+    r"(?:[\s*_:=({\[\"'“‘]|[-=]>|(?:approximately|about|around|exactly|simply|just|therefore|thus|indeed|now|only|roughly"
+    r"|equal to|a total of|therefore)\b[,:]?)*+",
+    re.IGNORECASE,
+)
+CURRENCY = r"(?:(?:US|A|C)?\$|[€£¥₹₽₩₱]|(?:USD|EUR|GBP|INR|Rs\.?|PHP)(?![a-zA-Z]))"
+DIGITS = (
+    rf"(?:[0-9]{{1,3}}(?:,[0-9]{{2,3}}){{0,12}},[0-9]{{3}}(?![0-9])|[0-9]{{1,3}}(?: [0-9]{{3}}){{1,12}}(?![0-9]|/|,[0-9])"
+    rf"|[0-9]{{1,{MAX_DIGITS}}})"
+)
+SIGN = r"(?:[-+] ?|(?:minus|negative) )"
+NUMBER = re.compile(
+    rf"(?P<sign>{SIGN})?(?:{CURRENCY} ?)*(?P<inner>{SIGN})?(?:"
+    rf"(?P<whole>[0-9]{{1,{MAX_DIGITS}}})(?: {{1,3}}| ?-| and )"
+    rf"(?P<part>[0-9]{{1,{MAX_DIGITS}}}) ?/ ?(?P<parts>[0-9]{{1,{MAX_DIGITS}}})"
+    rf"|(?P<above>{DIGITS}) ?/ ?(?P<below>{DIGITS})"
+    rf"|(?P<plain>{DIGITS}(?:\.[0-9]{{1,{MAX_DIGITS}}})?|\.[0-9]{{1,{MAX_DIGITS}}})"
+    r")",
+    re.IGNORECASE,
+)
+SCALES = {
+    "percent": Fraction(1, 100),
+    "dozen": Fraction(12),
+    "hundred": Fraction(100),
+    "thousand": Fraction(10**3),
+    "million": Fraction(10**6),
+    "billion": Fraction(10**9),
+    "trillion": Fraction(10**12),
+}
+SCALE = re.compile(
+    r"[ )}\]*$]{0,4}(?:(?P<percent>%|per ?cent(?:age)?(?: points?)?\b)"
+    r"|(?P<word>dozen|hundred|thousand|million|billion|trillion)s?\b)",
+    re.IGNORECASE,
+)
+# What may not follow a number that is to stand for itself: more digits, an operator, a power, another number.
+# `18 dollars, or 1800 cents` is one amount in two units.
+CONTINUED = re.compile(
+    r"[0-9⁰¹²³⁴⁵⁶⁷⁸⁹]|[.,:][0-9]|e[-+]?[0-9]|[kKMB](?![a-zA-Z0-9])|x(?![a-zA-Z])"
+    r"|\*[\w$(\\]| \*+ ?[\w$(\\]|[)}\]$ ]{0,4}(?:[+^×÷·=>√π]|<(?![|/])|/(?! ?[a-zA-Z])|-(?= ?[0-9$(]))"
+    r"|\.{2,4}[0-9]| ?\\(?!n\b)[a-zA-Z]| x [0-9]"
+    r"| (?:hours?|hrs?|minutes?|min|dollars?|feet|foot|ft|pounds?|lbs?|years?|months?|weeks?|days?) [0-9]"
+    r"| [a-zA-Z]{1,15} ?[-*×÷+=/] ?[$0-9]"
+    rf"|(?! ?(?P<unit>[a-zA-Z]{{2,15}}),? or {CURRENCY}?[0-9][0-9,.]{{0,30}} (?!(?P=unit)\b)[a-zA-Z])"
+    rf" ?[a-zA-Z]{{0,15}}(?: ?[,;&] ?| and | or |-or-| to )(?:and |or )?{CURRENCY}?-?[0-9]",
+)
+# What may not stand between a marker and a number further on.
+NOT_PROSE = re.compile(
+    r"\b(?:not|never|neither|nor|cannot|between|than|least|most|from|if)\b|n['’]t\b|\\[a-zA-Z]|[*+/^×÷·√<>≤≥]", re.IGNORECASE
+)
+PROSE = ("heading", "words")  # markers after which the number may stand among words
+SENTENCE_END = re.compile(r"(?<!\bRs)[.!?](?=\s|$)|\n")
+HEADING = re.compile(r" ?[0-9]{1,2}[.):] {1,3}[A-Za-z][^\n]{0,200}\n\s{0,20}\S")
 
 
-def number(text: str) -> Fraction:
-    return Fraction(text.replace(",", "").replace("$", "").replace("−", "-"))
+@dataclass(frozen=True)
+class Value:
+    """An exact number and the word that scales it: percent, million, ..., or none."""
+
+    number: Fraction
+    scale: str | None = None
+
+    def __str__(self) -> str:
+        if self.scale is None:
+            return str(self.number)
+        return f"{self.number}%" if self.scale == "percent" else f"{self.number} {self.scale}"
+
+
+class Ambiguous(Exception):
+    """A statement that has a number which is not one answer."""
+
+
+def _digits(text: str) -> Fraction:
+    return Fraction(text.replace(",", "").replace(" ", ""))
+
+
+def _read(found: re.Match) -> Fraction | None:
+    """The number that NUMBER matched; None for a division by zero."""
+    if found["parts"] is not None:
+        above, below = _digits(found["whole"]) * _digits(found["parts"]) + _digits(found["part"]), _digits(found["parts"])
+    elif found["below"] is not None:
+        above, below = _digits(found["above"]), _digits(found["below"])
+    else:
+        above, below = _digits(found["plain"]), Fraction(1)
+    if below == 0:
+        return None
+    minus = sum((sign or "").strip().lower() in ("-", "minus", "negative") for sign in (found["sign"], found["inner"]))
+    return above / below * (-1) ** minus
+
+
+def _value(text: str, start: int) -> Value | None:
+    """The value that begins at `start`, where nothing after it makes it part of something else; None where none begins.
+
+    Raises Ambiguous where a number does begin there but does not stand for itself.
+    """
+    found = NUMBER.match(text, start)
+    if found is None:
+        return None
+    number = _read(found)
+    scale = SCALE.match(text, found.end())
+    end = scale.end() if scale else found.end()
+    if number is None or CONTINUED.match(text, end):
+        raise Ambiguous
+    if scale is None:
+        return Value(number)
+    return Value(number, "percent" if scale["percent"] else scale["word"].lower())
+
+
+def _plain(text: str) -> str:
+    """`text` without the LaTeX and Markdown around its numbers, and with plain signs for unicode's variants."""
+    text = text.translate(CHARACTERS)
+    for pattern, replacement in MARKUP:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def _first(text: str) -> Value | None:
+    return _value(text, LEAD.match(text).end())
+
+
+def read_clause(text: str, prose: bool) -> Value | None:
+    """The one number that a clause states; None where it has none.
+
+    The number comes first, or is the last side of an equation that is a number; with `prose` it may also be the only
+    number among words. Raises Ambiguous where it begins with a number that is not one answer.
+    """
+    text = _plain(text)
+    try:
+        value = _first(text)
+        if value is not None:
+            return value
+        ambiguous = False
+    except Ambiguous:
+        ambiguous = True
+    sides = text.split("=")
+    for side in reversed(sides if len(sides) > 1 else []):
+        try:
+            value = _first(side)
+        except Ambiguous:
+            continue
+        if value is not None:
+            return value
+    if ambiguous:
+        raise Ambiguous
+    starts = [found.start() for found in NUMBER.finditer(text)]
+    if (
+        not prose
+        or len(starts) != 1
+        or NOT_PROSE.search(text, 0, starts[0])
+        or text[max(starts[0] - 1, 0) : starts[0]].isalnum()
+    ):
+        return None
+    try:
+        return _value(text, starts[0])
+    except Ambiguous:
+        return None
+
+
+def _closing_brace(text: str) -> int | None:
+    """Where the brace that was opened just before `text` is closed."""
+    depth = 1
+    for i, character in enumerate(text):
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return i
+    return None
+
+
+def _statement(marker: re.Match, text: str, end: int) -> Value | None:
+    """What `marker` announces in text[marker.end() : end]; raises Ambiguous as read_clause does."""
+    kind, after = marker.lastgroup, text[marker.end() : min(end, marker.end() + MAX_STATEMENT)]
+    if kind == "tag":
+        close = after.lower().find("</answer>")
+        return None if close < 0 else read_clause(after[:close], prose=True)
+    if kind == "box":
+        close = _closing_brace(after)
+        if close is None:
+            return None
+        scale = SCALE.match(_plain(after[close + 1 : close + 30]))
+        return read_clause(after[:close] + (" " + scale.group().strip() if scale else ""), prose=True)
+    if kind == "hash" and HEADING.match(after):
+        return None
+    after = after[OPENING.match(after).end() :]
+    clause = SENTENCE_END.split(after, maxsplit=1)[0] if kind in PROSE else after.split("\n", 1)[0]
+    return read_clause(clause, prose=kind in PROSE)
+
+
+def final_answer(response: str) -> Value | None:
+    """The last final answer that `response` states; None where there is none, or the last one is not one number."""
+    markers = deque(MARKER.finditer(response), maxlen=MAX_STATEMENTS)
+    end = len(response)
+    for marker in reversed(markers):
+        try:
+            value = _statement(marker, response, end)
+        except Ambiguous:
+            return None
+        if value is not None:
+            return value
+        end = marker.start()
+    return None
+
+
+@lru_cache(maxsize=1 << 16)
+def gold(answer: str) -> Value:
+    """The reference answer: stated as in a response, or the bare number; raises DataError where it is neither."""
+    try:
+        value = final_answer(answer) or read_clause(answer[:MAX_STATEMENT], prose=False)
+    except Ambiguous:
+        value = None
+    if value is None:
+        raise DataError(f"answer ({answer[-60:]!r}) must be a number, or end in '#### NUMBER'")
+    return value
+
+
+def asking_sentence(question: str) -> str:
+    """The last sentence of `question` that ends in a question mark, or else its last sentence; in lower case."""
+    sentences = [s for s in re.split(r"(?<=[.?!])\s+", question.strip().lower()) if s]
+    asking = [sentence for sentence in sentences if sentence.endswith("?")]
+    return (asking or sentences or [""])[-1]
+
+
+def same(stated: Value, expected: Value, question: str) -> bool:
+    """Whether two answers to `question` are equal, by the rule for percent and number words above."""
+    if stated.scale == expected.scale:
+        return stated.number == expected.number
+    sentence = asking_sentence(question)
+    readings = [_readings(value, sentence) for value in (stated, expected)]
+    return any(number in readings[1] for number in readings[0])
+
+
+def _readings(value: Value, sentence: str) -> list[Fraction]:
+    """The plain numbers that `value` may mean where `sentence` asks for it."""
+    if value.scale is None:
+        return [value.number]
+    exact = value.number * SCALES[value.scale]
+    if value.scale not in sentence and not (value.scale == "percent" and "%" in sentence):
+        return [exact]
+    return [value.number, exact] if value.scale != "percent" or abs(exact) < 1 else [value.number]
 
 
 class GSM8K:
-    system_prompt = "Solve the problem step by step. End with the final answer on a line of its own as: #### NUMBER"
-
-    def __init__(self, splits: dict[str, list[Problem]]) -> None:
-        self.splits = splits
+    def __init__(
+        self, splits: dict[str, list[Problem]], style: str = "hash", examples: list[tuple[str, str]] | None = None
+    ) -> None:
+        self.splits, self.system_prompt, self.examples = splits, STYLES[style], examples or []
 
     def problems(self, split: str) -> list[Problem]:
         return self.splits[split]
 
     def grade(self, problem: Problem, response: str) -> Grade:
         """0.1 for a stated final answer, 0.9 for its being right, compared as exact numbers."""
-        found = STATED.findall(response)
-        if not found:
+        stated = final_answer(response)
+        if stated is None:
             return Grade({"format": 0.0, "exact": 0.0}, "unparseable", None)
-        parsed = number(found[-1])
-        exact = parsed == number(problem.answer)
-        return Grade({"format": 0.1, "exact": 0.9 * exact}, "correct" if exact else "wrong", str(parsed))
+        exact = same(stated, gold(problem.answer), problem.question)
+        return Grade({"format": 0.1, "exact": 0.9 * exact}, "correct" if exact else "wrong", str(stated))
 
 
 def _problem(row: dict, where: str) -> Problem:
-    if not isinstance(row.get("question"), str) or not isinstance(row.get("answer"), str):
-        raise DataError(f"{where}: needs the texts question and answer, has {sorted(row)}")
-    stated = STATED.findall(row["answer"])
-    if not stated:
-        raise DataError(f"{where}: its answer has no '#### NUMBER': {row['answer'][-60:]!r}")
-    return Problem(row["question"], str(number(stated[-1])))
+    question, solution = text_fields(row, ("question", "answer"), where)
+    stated = final_answer(solution)
+    if stated is None:
+        raise DataError(f"{where}: its answer has no '#### NUMBER': {solution[-60:]!r}")
+    return Problem(question, str(stated), solution)
 
 
-def _read_jsonl(path: str) -> list[dict]:
-    if not Path(path).is_file():
-        raise DataError(f"env.data ({path}): there is no such file")
-    rows = []
-    with open(path, "rb") as lines:
-        for line_number, line in enumerate(lines, start=1):
-            try:
-                rows.append(json.loads(line))
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise DataError(f"env.data {path}:{line_number} is not JSON: {error}") from None
-            if not isinstance(rows[-1], dict):
-                raise DataError(f"env.data {path}:{line_number} is not a JSON object")
-    return rows
+def _solved(problem: Problem, style: str) -> str:
+    """A response to `problem` as `style` asks for it, from its reference solution."""
+    working = re.sub(r"<<[^<>]{0,100}>>", "", problem.solution)
+    if style == "hash":
+        return working
+    return f"<think>{working.rpartition('####')[0].strip()}</think><answer>{problem.answer}</answer>"
 
 
 def load(config: EnvConfig) -> GSM8K:
-    held_out = config.validation_size
-    if config.data is not None:
-        rows = [_problem(row, f"env.data {config.data}:{i}") for i, row in enumerate(_read_jsonl(config.data), start=1)]
-        if len(rows) <= held_out + config.test_size:
-            raise DataError(
-                f"env.data ({config.data}) has {len(rows)} problems, which leaves none to train on: lower "
-                f"env.validation_size ({held_out}) or env.test_size ({config.test_size}), or give more data"
-            )
-        test, rows = rows[-config.test_size :], rows[: -config.test_size]
-    else:
-        from datasets import load_dataset
-
-        try:
-            hub = load_dataset("openai/gsm8k", "main")
-        except (ConnectionError, OSError) as error:
-            raise DataError(
-                f"openai/gsm8k is not cached here and the hub cannot be reached ({type(error).__name__}): connect, or "
-                "give a local copy with env.data=PATH.jsonl"
-            ) from None
-        rows = [_problem(row, f"openai/gsm8k train row {i}") for i, row in enumerate(hub["train"])]
-        test = [_problem(row, f"openai/gsm8k test row {i}") for i, row in enumerate(hub["test"])]
-    return GSM8K({"train": rows[:-held_out], "validation": rows[-held_out:], "test": test})
+    hub = [HubSplit("openai/gsm8k", split, "main") for split in ("train", "test")]
+    splits = read_problems(config, *hub, _problem)
+    examples = take_examples(splits, config)
+    return GSM8K(splits, config.style, [(problem.question, _solved(problem, config.style)) for problem in examples])

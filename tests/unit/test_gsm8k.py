@@ -1,4 +1,8 @@
 import json
+import os
+import time
+from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -6,7 +10,11 @@ import pytest
 from grpo.config import EnvConfig
 from grpo.errors import DataError
 from grpo.tasks import Problem, load
-from grpo.tasks.gsm8k import GSM8K
+from grpo.tasks.gsm8k import GSM8K, asking_sentence, final_answer
+from tests.unit.hostile import pathological, random_texts
+
+HERE = Path(__file__).parent
+SHARED_DATA = Path(os.environ.get("GRPO_SHARED_DATA", HERE.parents[1].parent / "shared" / "data"))
 
 
 def rows(count: int) -> list[dict]:
@@ -28,14 +36,17 @@ def test_a_local_file_is_split_into_three_parts_that_share_nothing(tmp_path):
     assert {split: len(problems) for split, problems in splits.items()} == {"train": 7, "validation": 3, "test": 2}
     questions = [problem.question for problems in splits.values() for problem in problems]
     assert sorted(questions) == sorted(row["question"] for row in rows(12))
-    assert splits["train"][0] == Problem("Question 1?", "1000")
+    assert Problem("Question 1?", "1000", "It is 1 times 1,000.\n#### 1,000") in splits["train"]
+    assert [problem.answer for problem in splits["test"]] == ["11000", "12000"]
 
 
 def test_the_last_stated_number_of_a_solution_is_its_answer(tmp_path):
     lines = rows(12)
     lines[0]["answer"] = "First #### 3, no: #### -1,234.50"
     lines[1]["answer"] = "#### $18"
-    problems = load(env(write(tmp_path / "data.jsonl", lines))).problems("train")
+    problems = sorted(
+        load(env(write(tmp_path / "data.jsonl", lines))).problems("train"), key=lambda p: int(p.question[9:-1])
+    )
     task = GSM8K({})
     assert task.grade(problems[0], "#### -1234.5").correct
     assert not task.grade(problems[0], "#### 3").correct
@@ -68,7 +79,7 @@ def test_a_line_separator_inside_a_text_does_not_end_the_line(tmp_path):
     lines[0]["question"] = "One\u2028line?"
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    assert load(env(str(path))).problems("train")[0].question == "One\u2028line?"
+    assert "One\u2028line?" in [problem.question for problem in load(env(str(path))).problems("train")]
 
 
 def test_a_missing_file_is_named():
@@ -106,7 +117,7 @@ UNPARSEABLE = (0.0, "unparseable", None)
         ("#### −5", "-5", (1.0, "correct", "-5")),
         ("#### -$5", "-5", (1.0, "correct", "-5")),
         ("#### .5", "1/2", (1.0, "correct", "1/2")),
-        ("#### 5/6", "5", (0.0, "unparseable", None)),
+        ("#### 5/6", "5", (0.1, "wrong", "5/6")),
         ("#### 1e3", "1", (0.0, "unparseable", None)),
         ("#### 14 apples", "14", (1.0, "correct", "14")),
         ("#### 0.1", "1/10", (1.0, "correct", "1/10")),
@@ -134,3 +145,94 @@ def test_grades(response, answer, expected):
 def test_grading_never_raises_however_long_the_number():
     grade = GSM8K({}).grade(Problem("", "14"), f"#### {'9' * 5000}")
     assert not grade.correct
+
+
+def labelled() -> list[dict]:
+    return [json.loads(line) for line in (HERE / "data" / "gsm8k_labelled.jsonl").read_text().splitlines()]
+
+
+def test_the_labelled_set_is_large_and_has_every_outcome():
+    outcomes = Counter(row["outcome"] for row in labelled())
+    assert sum(outcomes.values()) >= 300
+    assert set(outcomes) == {"correct", "wrong", "unparseable"}
+    assert min(outcomes.values()) >= 100
+
+
+def test_the_labelled_set_is_graded_without_a_mistake():
+    task = GSM8K({})
+    mistakes = []
+    for row in labelled():
+        outcome = task.grade(Problem(row["question"], row["answer"]), row["response"]).outcome
+        if outcome != row["outcome"]:
+            mistakes.append(f"{row['response']!r} for {row['answer']} is {row['outcome']}, was graded {outcome}")
+    assert not mistakes, "\n".join(mistakes)
+
+
+def test_every_reference_solution_is_right_for_its_own_problem_and_wrong_for_the_next():
+    files = [SHARED_DATA / "gsm8k_train.jsonl", SHARED_DATA / "gsm8k_test.jsonl"]
+    if not all(path.is_file() for path in files):
+        pytest.skip(f"no GSM8K files in {SHARED_DATA}: set GRPO_SHARED_DATA")
+    lines = [json.loads(line) for path in files for line in path.open()]
+    assert len(lines) == 8792
+    task = GSM8K({})
+    stated = [line["answer"].rpartition("####")[2].strip().replace(",", "") for line in lines]
+    for i, line in enumerate(lines):
+        problem, following = Problem(line["question"], stated[i]), (i + 1) % len(lines)
+        own, other = task.grade(problem, line["answer"]), task.grade(problem, lines[following]["answer"])
+        assert (own.outcome, own.parsed) == ("correct", str(Fraction(stated[i]))), line
+        equal = Fraction(stated[i]) == Fraction(stated[following])
+        assert other.outcome == ("correct" if equal else "wrong"), (line, lines[following])
+
+
+@pytest.mark.parametrize(
+    ("question", "sentence"),
+    [
+        ("He has 20% off. What is the price?", "what is the price?"),
+        ("What percent is left? Round to a whole number.", "what percent is left?"),
+        ("He has 3 cats. Find the percentage.", "find the percentage."),
+        ("A costs 2.50? B costs 3.75. How much is both?", "how much is both?"),
+        ("How many", "how many"),
+        ("", ""),
+    ],
+)
+def test_the_sentence_that_asks(question, sentence):
+    assert asking_sentence(question) == sentence
+
+
+def test_an_answer_that_is_no_number_is_a_data_error():
+    with pytest.raises(DataError, match=r"answer \('blue'\) must be a number, or end in '#### NUMBER'"):
+        GSM8K({}).grade(Problem("", "blue"), "#### 18")
+
+
+@pytest.mark.parametrize("style", ["hash", "think"])
+def test_examples_show_the_style_that_the_prompt_asks_for_and_are_right(tmp_path, style):
+    lines = [{"question": f"{i}?", "answer": f"It is 2 * {i} = <<2*{i}={2 * i}>>{2 * i}.\n#### {2 * i}"} for i in range(9)]
+    path = write(tmp_path / "data.jsonl", lines)
+    config = EnvConfig(dataset="gsm8k", data=path, validation_size=1, test_size=1, few_shot=2, style=style)
+    task = load(config)
+    expected = {
+        "hash": "It is 2 * {0} = {1}.\n#### {1}",
+        "think": "<think>It is 2 * {0} = {1}.</think><answer>{1}</answer>",
+    }[style]
+    for question, response in task.examples:
+        number = int(question[:-1])
+        assert response == expected.format(number, 2 * number)
+        assert task.grade(Problem(question, str(2 * number)), response).correct
+    assert len(task.examples) == 2
+    assert ("####" in task.system_prompt, "<answer>" in task.system_prompt) == (style == "hash", style == "think")
+
+
+def test_no_hostile_text_raises_or_takes_long():
+    task, problem = GSM8K({}), Problem("", "123456789")
+    for text in (*pathological(), *random_texts(5000, seed=2)):
+        started = time.monotonic()
+        verdict = task.grade(problem, text)
+        assert time.monotonic() - started < 10, text[:200]  # half a second for the worst; a quadratic search takes hours
+        assert verdict.outcome in ("wrong", "unparseable"), text[:200]
+
+
+def test_an_answer_is_found_before_and_after_a_megabyte():
+    filler = "one two three\n" * 70_000
+    assert str(final_answer(f"#### 18\n{filler}")) == "18"
+    assert str(final_answer(f"{filler}#### 18")) == "18"
+    assert final_answer(filler) is None

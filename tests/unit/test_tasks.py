@@ -13,18 +13,19 @@ class Sums:
     """A stub task with one short, one long and one middling prompt."""
 
     system_prompt = "add"
+    examples = []
 
     def problems(self, split: str) -> list[Problem]:
         return {"train": [Problem("1+1", "2"), Problem("1+1+1+1+1+1", "6"), Problem("1+2+3", "6")], "test": []}[split]
 
 
 def test_the_tasks_there_are():
-    assert tasks.names() == ["arithmetic", "gsm8k"]
+    assert tasks.names() == ["arithmetic", "countdown", "gsm8k", "math"]
 
 
 def test_an_unknown_dataset_is_an_error_that_lists_the_known_ones():
-    with pytest.raises(ConfigError, match=r"env.dataset \(math\) must be one of arithmetic, gsm8k"):
-        tasks.load(EnvConfig(dataset="math"))
+    with pytest.raises(ConfigError, match=r"env.dataset \(maths\) must be one of arithmetic, countdown, gsm8k, math"):
+        tasks.load(EnvConfig(dataset="maths"))
 
 
 def test_a_prompt_goes_through_the_chat_template():
@@ -39,14 +40,47 @@ def test_the_system_prompt_reaches_templates_that_have_a_place_for_it():
     assert tokenizer.decode(encode(Problem("1+2", "3"), Sums(), tokenizer)) == "system=add;user=1+2;"
 
 
+class Recorder:
+    """A tokenizer without a chat template, a token a character."""
+
+    chat_template = None
+
+    def __call__(self, text: str) -> dict:
+        return {"input_ids": [ord(character) for character in text]}
+
+
 def test_without_a_template_the_prompt_is_plain_text():
-    class Recorder:
-        chat_template = None
-
-        def __call__(self, text: str) -> dict:
-            return {"input_ids": [ord(character) for character in text]}
-
     assert "".join(map(chr, encode(Problem("1+2", "3"), Sums(), Recorder()))) == "add\n\n1+2\n"
+
+
+class Shown(Sums):
+    """Sums with two solved examples."""
+
+    examples = [("0+1", "1"), ("2+2", "4")]
+
+
+def test_examples_are_turns_between_the_system_prompt_and_the_question():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}={{ m['content'] }};{% endfor %}"
+    shown = tokenizer.decode(encode(Problem("1+2", "3"), Shown(), tokenizer))
+    assert shown == "system=add;user=0+1;assistant=1;user=2+2;assistant=4;user=1+2;"
+
+
+def test_a_template_that_refuses_a_system_message_has_it_told_by_the_first_user_turn():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
+        "{{ m['role'] }}={{ m['content'] }};{% endfor %}"
+    )
+    shown = "user=0+1;assistant=1;user=2+2;assistant=4;user=1+2;"
+    expected = shown.replace("user=", "user=add\n\n", 1)
+    assert encode(Problem("1+2", "3"), Shown(), tokenizer) == tokenizer(expected)["input_ids"]
+    alone = encode(Problem("1+2", "3"), Sums(), tokenizer)
+    assert alone == tokenizer("user=add\n\n1+2;")["input_ids"]
+
+
+def test_without_a_template_examples_are_plain_text_too():
+    assert "".join(map(chr, encode(Problem("1+2", "3"), Shown(), Recorder()))) == "add\n\n0+1\n1\n\n2+2\n4\n\n1+2\n"
 
 
 def test_prompts_that_are_too_long_are_left_out_and_counted():

@@ -1,0 +1,139 @@
+"""Where a task's rows come from: the hub by `datasets`, or a local JSONL or Parquet file (`env.data=PATH`).
+
+Owns reading and splitting, not what a row means: a task gives a function from a row to a Problem. No question is in two
+splits: what the test split asks is dropped from validation and training, what validation asks from training.
+"""
+
+import json
+import logging
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from grpo.config import EnvConfig
+from grpo.errors import DataError, one_line
+from grpo.tasks import Problem
+
+SHUFFLE_SEED = 1234  # of the training problems: which ones `env.max_samples` and `env.few_shot` take
+Convert = Callable[[dict, str], Problem]  # a row and where it is from, for the message of a DataError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class HubSplit:
+    """One split of a data set on the hub."""
+
+    name: str
+    split: str
+    subset: str | None = None
+
+
+def _read_jsonl(path: str) -> list[dict]:
+    rows = []
+    with open(path, "rb") as lines:
+        for line_number, line in enumerate(lines, start=1):
+            try:
+                rows.append(json.loads(line))
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"env.data {path}:{line_number} is not JSON: {one_line(error)}") from None
+            if not isinstance(rows[-1], dict):
+                raise DataError(f"env.data {path}:{line_number} is not a JSON object")
+    return rows
+
+
+def _read_parquet(path: str) -> list[dict]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        return parquet.ParquetFile(path).read().to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"env.data ({path}) is not a Parquet file that can be read: {one_line(error)}") from None
+
+
+def read_file(path: str) -> list[dict]:
+    """The rows of a local file, Parquet where its name ends in .parquet and else one JSON object a line.
+
+    Raises DataError for a file that is not there, and for the first line that is not a JSON object.
+    """
+    if not Path(path).is_file():
+        raise DataError(f"env.data ({path}): there is no such file")
+    return _read_parquet(path) if path.endswith(".parquet") else _read_jsonl(path)
+
+
+def read_hub(source: HubSplit) -> Iterable[dict]:
+    """The rows of a split on the hub, from the local cache where it is there; raises DataError where neither answers."""
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(source.name, source.subset, split=source.split)
+    except (ConnectionError, OSError) as error:
+        raise DataError(
+            f"{source.name} is not cached here and the hub cannot be reached ({type(error).__name__}): connect, or "
+            "give a local copy with env.data=PATH, a JSONL or Parquet file"
+        ) from None
+
+
+def read_problems(config: EnvConfig, train: HubSplit, test: HubSplit, convert: Convert) -> dict[str, list[Problem]]:
+    """Problems under `train`, `validation` and `test`, from the hub or, where `env.data` is set, from that file.
+
+    The file's last `env.test_size` rows are the test split; validation is what then comes last, `env.validation_size` rows.
+    """
+    if config.data is not None:
+        rows = [convert(row, f"env.data {config.data}:{i}") for i, row in enumerate(read_file(config.data), start=1)]
+        return split_problems(rows, None, config, f"env.data ({config.data})")
+    parts = [
+        [convert(row, f"{source.name} {source.split} row {i}") for i, row in enumerate(read_hub(source))]
+        for source in (train, test)
+    ]
+    return split_problems(*parts, config, train.name)
+
+
+def split_problems(
+    rows: list[Problem], test: list[Problem] | None, config: EnvConfig, where: str
+) -> dict[str, list[Problem]]:
+    """Cut `rows` into train and validation, and test where that is not given; raises DataError where none is left.
+
+    The training problems are shuffled by a fixed seed, so that a part of them (`env.max_samples`) is a fair sample.
+    """
+    test_size = config.test_size if test is None else 0
+    end = max(len(rows) - test_size, 0)
+    test = rows[end:] if test is None else test
+    start = max(end - config.validation_size, 0)
+    asked = {_key(problem) for problem in test}
+    validation = [problem for problem in rows[start:end] if _key(problem) not in asked]
+    asked |= {_key(problem) for problem in validation}
+    train = [problem for problem in rows[:start] if _key(problem) not in asked]
+    dropped = end - len(validation) - len(train)
+    if dropped:
+        log.warning("%s: %d problems left out, whose questions are in a held-out split too", where, dropped)
+    if len(train) <= config.few_shot:
+        raise DataError(
+            f"{where} has {len(rows)} problems, which leaves none to train on: lower env.validation_size "
+            f"({config.validation_size}) or env.test_size ({config.test_size}), or give more data"
+            + (f", or lower env.few_shot ({config.few_shot})" if config.few_shot else "")
+        )
+    random.Random(SHUFFLE_SEED).shuffle(train)
+    return {"train": train, "validation": validation, "test": test}
+
+
+def _key(problem: Problem) -> str:
+    """Equal for questions that differ in case or white space only."""
+    return " ".join(problem.question.casefold().split())
+
+
+def take_examples(splits: dict[str, list[Problem]], config: EnvConfig) -> list[Problem]:
+    """Move `env.few_shot` problems out of the training split, then cut it to `env.max_samples`."""
+    examples, rest = splits["train"][: config.few_shot], splits["train"][config.few_shot :]
+    splits["train"] = rest[: config.max_samples]
+    return examples
+
+
+def text_fields(row: dict, names: tuple[str, ...], where: str) -> list[str]:
+    """The texts that `row` has under `names`; raises DataError where one is missing or no text."""
+    if not all(isinstance(row.get(name), str) for name in names):
+        kind = "texts" if len(names) > 1 else "text"
+        raise DataError(f"{where}: needs the {kind} {' and '.join(names)}, has {sorted(map(str, row))}")
+    return [row[name] for name in names]

@@ -1,0 +1,94 @@
+"""Competition mathematics: problems whose solution ends in a boxed answer, which may be any LaTeX.
+
+The data is the hub's `DigitalLearningGmbH/MATH-lighteval` to train on and `HuggingFaceH4/MATH-500` to test on, or a local
+file of {"problem", "solution"} rows, the answer being the last \\boxed{...} of the solution, or {"problem", "answer"} rows.
+
+Answers are compared by math-verify (https://github.com/huggingface/Math-Verify), as expressions and not as text. Its own
+time limits are signals and are switched off: a comparison may take as long as SymPy likes, so grade() belongs in a process
+with a time limit. Only the last boxed answer goes into it, whole or not at all.
+"""
+
+import logging
+import re
+from functools import lru_cache
+from typing import Any
+
+from grpo.config import EnvConfig
+from grpo.errors import DataError
+from grpo.rewards import Grade
+from grpo.tasks import Problem
+from grpo.tasks.data import HubSplit, read_problems, take_examples, text_fields
+
+MAX_ANSWER = 1000  # characters of a boxed answer
+BOX = re.compile(r"\\(?:boxed|fbox) ?\{")
+BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is none
+
+logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
+
+
+def last_boxed(text: str) -> str | None:
+    """What the last \\boxed{...} of `text` holds; None where there is none, it is not closed, or is over MAX_ANSWER long."""
+    found = None
+    for found in BOX.finditer(text):  # noqa: B007 - the last one is what is wanted
+        pass
+    if found is None:
+        return None
+    depth = 1
+    for brace in BRACE.finditer(text, found.end(), found.end() + MAX_ANSWER + 1):
+        depth += {"{": 1, "}": -1}.get(brace.group(), 0)
+        if depth == 0:
+            return text[found.end() : brace.start()].strip()
+    return None
+
+
+def parse(answer: str) -> list[Any]:
+    """math-verify's readings of a boxed answer, as SymPy objects and text; empty where it has none."""
+    from math_verify import parse
+
+    return parse(rf"\boxed{{{answer}}}", parsing_timeout=None)
+
+
+@lru_cache(maxsize=1 << 14)
+def parse_gold(answer: str) -> list[Any]:
+    return parse(answer)
+
+
+class Math:
+    system_prompt = "Solve the problem step by step. Put the final answer within \\boxed{}."
+
+    def __init__(self, splits: dict[str, list[Problem]], examples: list[tuple[str, str]] | None = None) -> None:
+        self.splits, self.examples = splits, examples or []
+
+    def problems(self, split: str) -> list[Problem]:
+        return self.splits[split]
+
+    def grade(self, problem: Problem, response: str) -> Grade:
+        """0.1 for a boxed answer, 0.9 for its being equal to the reference. Has no time limit of its own."""
+        from math_verify import verify
+
+        answer = last_boxed(response)
+        parsed = parse(answer) if answer else []
+        if not parsed:
+            return Grade({"format": 0.0, "exact": 0.0}, "unparseable", None)
+        exact = answer == problem.answer or verify(parse_gold(problem.answer), parsed, timeout_seconds=None)
+        return Grade({"format": 0.1, "exact": 0.9 * exact}, "correct" if exact else "wrong", answer)
+
+
+def _problem(row: dict, where: str) -> Problem:
+    (question,) = text_fields(row, ("problem",), where)
+    if isinstance(row.get("answer"), str):
+        answer, solution = row["answer"].strip(), str(row.get("solution") or "")
+        answer = last_boxed(answer) or answer
+    else:
+        (solution,) = text_fields(row, ("solution",), where)
+        answer = last_boxed(solution)
+    if not answer or len(answer) > MAX_ANSWER:
+        raise DataError(f"{where}: needs a text answer, or a solution with \\boxed{{...}}, of 1 to {MAX_ANSWER} characters")
+    return Problem(question, answer, solution)
+
+
+def load(config: EnvConfig) -> Math:
+    train, test = HubSplit("DigitalLearningGmbH/MATH-lighteval", "train"), HubSplit("HuggingFaceH4/MATH-500", "test")
+    splits = read_problems(config, train, test, _problem)
+    examples = take_examples(splits, config)
+    return Math(splits, [(p.question, p.solution or f"\\boxed{{{p.answer}}}") for p in examples])

@@ -1,0 +1,150 @@
+import json
+import signal
+import time
+
+import pytest
+
+from grpo import tasks
+from grpo.config import EnvConfig
+from grpo.errors import DataError
+from grpo.tasks import Problem
+from grpo.tasks.math import Math, last_boxed
+from tests.unit.hostile import pathological
+
+
+def load(path, lines: list[dict]) -> tasks.Task:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tasks.load(EnvConfig(dataset="math", data=str(path), validation_size=1, test_size=1))
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"so $\boxed{18}$", "18"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{1} then \boxed{2}", "2"),
+        (r"\boxed{\boxed{3}}", "3"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{\left\{ x \right\}}", r"\left\{ x \right\}"),
+        (r"\fbox{4}", "4"),
+        (r"\boxed {5}", "5"),
+        (r"\boxed{ 6 }.", "6"),
+        (r"\boxed{a \\}", r"a \\"),
+        (r"\boxed{}", ""),
+        (r"\boxed{1} and \boxed{2", None),
+        (r"\boxed 7", None),
+        ("18", None),
+        ("", None),
+        ("\\boxed{" + "1" * 1000 + "}", "1" * 1000),
+        ("\\boxed{" + "1" * 1001 + "}", None),
+    ],
+)
+def test_the_last_boxed_answer_is_found_with_its_braces(text, answer):
+    assert last_boxed(text) == answer
+
+
+def test_long_texts_are_searched_in_linear_time():
+    for unit in ("\\boxed{", "{", "}", "\\", "\\boxed", "\\boxed{1}"):
+        started = time.monotonic()
+        last_boxed(unit * 200_000)
+        assert time.monotonic() - started < 10  # a quadratic search takes hours
+
+
+@pytest.mark.parametrize(
+    ("reference", "answer"),
+    [
+        (r"\frac{1}{2}", "0.5"),
+        (r"\frac{1}{2}", r"\dfrac12"),
+        ("x^2+1", "1+x^2"),
+        ("(1,2)", "(1, 2)"),
+        (r"\{1,2\}", r"\{2,1\}"),
+        ("[0,1)", "[0,1)"),
+        (r"2\sqrt{3}", r"\sqrt{12}"),
+        (r"\text{Evelyn}", r"\text{Evelyn}"),
+        (r"10\%", r"10\%"),
+        (r"90^\circ", "90"),
+        ("11,111", "11111"),
+        (r"\$18", "18"),
+        ("5", "x=5"),
+        (r"\frac{\pi}{2}", r"\pi/2"),
+        ("2+3i", "3i+2"),
+        (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
+        (r"6 \text{ cm}", "6"),
+    ],
+)
+def test_equal_answers_are_correct(reference, answer):
+    verdict = Math({}).grade(Problem("", reference), rf"Therefore \boxed{{{answer}}}.")
+    assert (verdict.reward, verdict.outcome, verdict.parsed) == (pytest.approx(1.0), "correct", answer)
+
+
+@pytest.mark.parametrize(
+    ("reference", "answer"),
+    [
+        ("5", "4"),
+        ("(1,2)", "(2,1)"),
+        ("[0,1)", "[0,1]"),
+        (r"\text{Evelyn}", r"\text{Bob}"),
+        (r"\pi", "3.14"),
+        (r"\frac{1}{2}", r"\frac{1}{3}"),
+        ("x^2+1", "x^2-1"),
+        (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}2\\1\end{pmatrix}"),
+        (r"\{1,2\}", r"\{1,2,3\}"),
+    ],
+)
+def test_other_answers_are_wrong(reference, answer):
+    verdict = Math({}).grade(Problem("", reference), rf"\boxed{{{answer}}}")
+    assert (verdict.reward, verdict.outcome) == (pytest.approx(0.1), "wrong")
+
+
+@pytest.mark.parametrize(
+    "response", ["The answer is 5.", "", r"\boxed{", r"\boxed{}", r"\boxed{5", "\\boxed{" + "5" * 1001 + "}"]
+)
+def test_without_a_boxed_answer_there_is_none(response):
+    verdict = Math({}).grade(Problem("", "5"), response)
+    assert (verdict.reward, verdict.outcome, verdict.parsed) == (0.0, "unparseable", None)
+
+
+def test_no_signal_is_touched():
+    def handler(*_):
+        raise AssertionError("the alarm went off")
+
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 100)
+        assert Math({}).grade(Problem("", r"\frac{7}{8}"), r"\boxed{\frac78}").correct
+        assert signal.getsignal(signal.SIGALRM) is handler
+        assert signal.getitimer(signal.ITIMER_REAL)[0] > 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_rows_with_a_solution_or_an_answer_are_problems(tmp_path):
+    lines = [{"problem": f"P{i}", "solution": rf"It is $\boxed{{\frac{{{i}}}{{7}}}}$."} for i in range(5)]
+    lines[-1] = {"problem": "P4", "answer": r"\frac{4}{7}", "solution": "no box"}
+    task = load(tmp_path / "rows.jsonl", lines)
+    assert task.problems("test") == [Problem("P4", r"\frac{4}{7}", "no box")]
+    assert task.problems("validation") == [Problem("P3", r"\frac{3}{7}", r"It is $\boxed{\frac{3}{7}}$.")]
+    assert sorted(p.answer for p in task.problems("train")) == [rf"\frac{{{i}}}{{7}}" for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"solution": r"\boxed{1}"}, r"rows.jsonl:2: needs the text problem, has \['solution'\]"),
+        ({"problem": "P"}, r"rows.jsonl:2: needs the text solution, has \['problem'\]"),
+        ({"problem": "P", "solution": "1"}, r"rows.jsonl:2: needs a text answer, or a solution with \\boxed"),
+        ({"problem": "P", "answer": "1" * 1001}, r"rows.jsonl:2: needs a text answer, .* of 1 to 1000 characters"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path, row, message):
+    with pytest.raises(DataError, match=message):
+        load(tmp_path / "rows.jsonl", [{"problem": "P", "answer": "1"}, row])
+
+
+def test_hostile_texts_without_an_answer_to_parse_are_unparseable():
+    # Those with a boxed answer may take SymPy for ever: they are graded in the pool's tests, under its time limit.
+    texts = [text for text in pathological() if not last_boxed(text)]
+    assert len(texts) > 500
+    for text in texts:
+        assert Math({}).grade(Problem("", "18"), text).outcome == "unparseable"
