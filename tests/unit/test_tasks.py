@@ -19,11 +19,11 @@ class Sums:
 
 
 def test_the_tasks_there_are():
-    assert tasks.names() == ["arithmetic", "gsm8k"]
+    assert tasks.names() == ["arithmetic", "gsm8k", "ifeval"]
 
 
 def test_an_unknown_dataset_is_an_error_that_lists_the_known_ones():
-    with pytest.raises(ConfigError, match=r"env.dataset \(math\) must be one of arithmetic, gsm8k"):
+    with pytest.raises(ConfigError, match=r"env.dataset \(math\) must be one of arithmetic, gsm8k, ifeval"):
         tasks.load(EnvConfig(dataset="math"))
 
 
