@@ -12,7 +12,7 @@ expressions unescaped, and is quadratic for texts such as a run of brackets. Whe
 - `length_constraints:nth_paragraph_first_word` takes the n-th of the paragraphs that it counts, those not blank.
 - `length_constraints:number_sentences` uses `sentences` below in place of NLTK's Punkt, whose data is a download, and
   `change_case:capital_word_frequency` the words of CAPITAL_WORD in place of NLTK's tokenizer, for which DON'T is two words.
-- `detectable_format:number_bullet_lists` counts no Markdown rule (`---`, `* * *`), and a bullet's own asterisk neither
+- `detectable_format:number_bullet_lists` looks at one line at a time and counts no Markdown rule (`---`, `* * *`), and a bullet's own asterisk neither
   opens a `detectable_format:number_highlighted_sections`, nor is `***text***` two of them.
 - `detectable_format:json_format` refuses NaN and Infinity, which JSON has not, and takes whole numbers of any length.
 
@@ -180,6 +180,7 @@ def postscript(text: str, postscript_marker: str) -> bool:
 
 
 def number_bullet_lists(text: str, num_bullets: int) -> bool:
+    """Bullets are the lines that start with `-` or a single `*`, with or without a space after it, and are no rule."""
     return sum(_is_bullet(line.strip()) for line in text.split("\n")) == num_bullets
 
 
