@@ -12,8 +12,8 @@ expressions unescaped, and is quadratic for texts such as a run of brackets. Whe
 - `length_constraints:nth_paragraph_first_word` takes the n-th of the paragraphs that it counts, those not blank.
 - `length_constraints:number_sentences` uses `sentences` below in place of NLTK's Punkt, whose data is a download, and
   `change_case:capital_word_frequency` the words of CAPITAL_WORD in place of NLTK's tokenizer, for which DON'T is two words.
-- `detectable_format:number_bullet_lists` looks at one line at a time and counts no Markdown rule (`---`, `* * *`), and a bullet's own asterisk neither
-  opens a `detectable_format:number_highlighted_sections`, nor is `***text***` two of them.
+- `detectable_format:number_bullet_lists` looks at one line at a time and counts no Markdown rule (`---`, `* * *`).
+- `detectable_format:number_highlighted_sections` is not opened by a bullet's asterisk, and `***text***` is one, not two.
 - `detectable_format:json_format` refuses NaN and Infinity, which JSON has not, and takes whole numbers of any length.
 
 Kept from the reference although debatable: keywords are counted inside longer words (forbidden words are whole words), a
