@@ -20,11 +20,13 @@ class Sums:
 
 
 def test_the_tasks_there_are():
-    assert tasks.names() == ["arithmetic", "countdown", "gsm8k", "math"]
+    assert tasks.names() == ["arithmetic", "countdown", "gsm8k", "ifeval", "math"]
 
 
 def test_an_unknown_dataset_is_an_error_that_lists_the_known_ones():
-    with pytest.raises(ConfigError, match=r"env.dataset \(maths\) must be one of arithmetic, countdown, gsm8k, math"):
+    with pytest.raises(
+        ConfigError, match=r"env.dataset \(maths\) must be one of arithmetic, countdown, gsm8k, ifeval, math"
+    ):
         tasks.load(EnvConfig(dataset="maths"))
 
 
