@@ -201,7 +201,7 @@ def measure(size: int, profile: bool) -> tuple[RunConfig, dict]:
     gc.callbacks.append(watch.garbage)
     from grpo_utils import rare_garbage_collection
 
-    grader = GradingPool(tasks.load(config.env), config.env.grading_processes, config.env.grading_timeout_s)
+    grader = GradingPool(tasks.grader(config.env), config.env.grading_processes, config.env.grading_timeout_s)
     with tempfile.TemporaryDirectory() as folder, grader as grading, rare_garbage_collection():
         run = make_run(config, Path(folder), watch, grading)
         turns = run.collections()

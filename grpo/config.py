@@ -56,6 +56,8 @@ class EnvConfig:
     style: str = "hash"  # what gsm8k's prompt asks for: hash (#### NUMBER), think (<think>...</think><answer>...</answer>)
     system_prompt: str | None = None  # instead of the task's own
     few_shot: int = 0  # solved examples before each question, taken out of the training problems
+    reward_shape: str | None = None  # what a verdict earns: correctness, format, arithmetic, hybrid; null: the task's own
+    reward_weights: dict[str, float] = field(default_factory=dict)  # instead of the shape's: {TERM: WEIGHT}
     reward_fn: str | None = None  # PATH.py:FUNCTION or MODULE:FUNCTION that replaces the task's reward
     grading_processes: int = 2
     grading_timeout_s: float = 10.0  # a response
@@ -72,6 +74,18 @@ class EnvConfig:
         _at_least("env", self, 0, "few_shot")
         if self.max_samples is not None:
             _at_least("env", self, 1, "max_samples")
+        _check(
+            not self.reward_weights or self.reward_shape is not None,
+            "env.reward_weights",
+            self.reward_weights,
+            "needs env.reward_shape, whose terms they weigh",
+        )
+        _check(
+            self.reward_shape is None or self.reward_fn is None,
+            "env.reward_shape",
+            self.reward_shape,
+            "must be null with env.reward_fn, which gives the whole reward",
+        )
         _one_of("env.style", self.style, ("hash", "think"))
         _check(
             self.repeats >= 2,

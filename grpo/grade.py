@@ -19,6 +19,7 @@ from grpo.config import EnvConfig
 from grpo.errors import ConfigError, DataError, UserError, one_line
 from grpo.grading import Failed, GradingPool
 from grpo.rewards import OUTCOMES, Grade
+from grpo.tasks import ifeval
 from grpo.tool import parse_arguments
 
 LINES = 4096  # that are graded at a time
@@ -26,7 +27,7 @@ LINES = 4096  # that are graded at a time
 Row = tuple[int, dict, tasks.Problem]
 
 
-def read(lines: IO[bytes], task: tasks.Task, problems: list[str]) -> Iterator[Row]:
+def read(lines: IO[bytes], dataset: str, problems: list[str]) -> Iterator[Row]:
     """Number, content and problem of each line that can be graded; what is wrong with the others goes to `problems`."""
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -34,17 +35,19 @@ def read(lines: IO[bytes], task: tasks.Task, problems: list[str]) -> Iterator[Ro
         try:
             row = json.loads(line)
             if not isinstance(row, dict) or not isinstance(row.get("response"), str):
-                raise DataError("needs an object with the text response")
-            yield number, row, task.parse_row(row)
-        except (ValueError, RecursionError, DataError) as error:
-            problems.append(f"line {number}: {one_line(error)[:200]}")
+                raise DataError(f"line {number}: needs an object with the text response")
+            yield number, row, tasks.row_problem(dataset, row, f"line {number}")
+        except DataError as error:
+            problems.append(one_line(error)[:300])
+        except (ValueError, RecursionError) as error:
+            problems.append(f"line {number} is not JSON: {one_line(error)[:200]}")
 
 
 def grade_file(config: EnvConfig, source: Path, out: Path | None) -> tuple[list[Grade], list[str]]:
     """Grade every line of `source` into `out`; returns the verdicts, and what was wrong with the lines left out."""
-    task, grades, problems = tasks.load(config), [], []
+    grades, problems = [], []
     limits = config.grading_timeout_s, config.reward_fn, config.reward_timeout_s
-    with GradingPool(task, config.grading_processes, *limits) as pool, open(source, "rb") as lines:
+    with GradingPool(tasks.grader(config), config.grading_processes, *limits) as pool, open(source, "rb") as lines:
         sink = open(out, "w") if out is not None else None  # noqa: SIM115
         part: list[Row] = []
 
@@ -52,11 +55,12 @@ def grade_file(config: EnvConfig, source: Path, out: Path | None) -> tuple[list[
             found = grade_rows(pool, part)
             grades.extend(found)
             if sink is not None:
-                for (_, row, _), grade in zip(part, found, strict=True):
-                    sink.write(json.dumps(row | verdict(task, row, grade)) + "\n")
+                for (_, row, problem), grade in zip(part, found, strict=True):
+                    details = ifeval.details(problem, row["response"]) if config.dataset == "ifeval" else {}
+                    sink.write(json.dumps(row | verdict(grade) | details) + "\n")
             part.clear()
 
-        for row in read(lines, task, problems):
+        for row in read(lines, config.dataset, problems):
             part.append(row)
             if len(part) == LINES:
                 finish()
@@ -79,12 +83,10 @@ def grade_rows(pool: GradingPool, rows: list[Row]) -> list[Grade]:
     ]
 
 
-def verdict(task: tasks.Task, row: dict, grade: Grade) -> dict:
+def verdict(grade: Grade) -> dict:
     """What is added to a row."""
     note = {"note": grade.note} if grade.note else {}
-    added = {"reward": grade.reward, "terms": grade.terms, "outcome": grade.outcome, "parsed": grade.parsed} | note
-    details = getattr(task, "details", None)  # what a task says besides, such as each instruction's verdict
-    return added | (details(row) if details is not None and grade.is_verdict else {})
+    return {"reward": grade.reward, "terms": grade.terms, "outcome": grade.outcome, "parsed": grade.parsed} | note
 
 
 def summary(grades: list[Grade], problems: list[str]) -> str:

@@ -1,6 +1,6 @@
 """Grading in processes of its own: each response gets a verdict within its time limit, whatever its grader does.
 
-    driver ──items──> worker ──> task.grade(problem, response), or the user's reward function on a group
+    driver ──items──> worker ──> grader.grade(problem, response), or the user's reward function on a group
            <─result─           one by one, so that a worker that hangs or dies is known to have done so on which item
 
 A worker that does not answer in time, or dies, is replaced; the item it was at has failed, and the others go on.
@@ -17,7 +17,7 @@ from typing import Any
 
 from grpo.errors import ActorError, one_line
 from grpo.rewards import Grade, apply_reward_function, load_reward_function
-from grpo.tasks import Problem, Task
+from grpo.tasks import Grader, Problem
 
 START_TIMEOUT_S = 120.0  # of a worker, which imports the task's libraries
 CHUNK = 64  # items that a worker gets at a time, at most
@@ -40,7 +40,7 @@ class GradingPool:
 
     def __init__(
         self,
-        task: Task,
+        grader: Grader,
         num_workers: int,
         timeout_s: float,
         reward_function: str | None = None,
@@ -49,8 +49,8 @@ class GradingPool:
         """`reward_function`: PATH.py:FUNCTION, called on a group at a time, within `reward_timeout_s`."""
         self.timeout_s, self.reward_function, self.reward_timeout_s = timeout_s, reward_function, reward_timeout_s
         self.context = multiprocessing.get_context("forkserver")  # a worker that is replaced is there at once
-        self.context.set_forkserver_preload([__name__, type(task).__module__])
-        self.arguments = task, reward_function
+        self.context.set_forkserver_preload([__name__, *_modules(grader)])
+        self.arguments = grader, reward_function
         self.workers = [_Worker(self.context, self.arguments) for _ in range(num_workers)]
 
     def __enter__(self) -> "GradingPool":
@@ -108,6 +108,12 @@ class GradingPool:
         return results
 
 
+def _modules(grader: Grader) -> list[str]:
+    """Where `grader`, and what it wraps, come from."""
+    inner = getattr(grader, "grader", None)
+    return [type(grader).__module__, *(_modules(inner) if inner is not None else [])]
+
+
 @dataclass
 class _Worker:
     """The driver's end of one process."""
@@ -152,12 +158,12 @@ class _Worker:
         self.connection.close()
 
 
-def _work(connection: Connection, task: Task, reward_function: str | None) -> None:
+def _work(connection: Connection, grader: Grader, reward_function: str | None) -> None:
     """A worker's life."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's, which ends its workers
     function = load_reward_function(reward_function) if reward_function else None
     methods: dict[str, Callable] = {
-        "grade": lambda item: task.grade(*item),
+        "grade": lambda item: grader.grade(*item),
         "reward": lambda item: apply_reward_function(function, *item),
     }
     connection.send("ready")

@@ -6,14 +6,16 @@ remaining terms of `hybrid` look at the text alone, and a policy can learn to ea
 there to give a weak model a gradient, and are logged one by one so that this shows.
 """
 
+import math
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import NamedTuple
 
 from grpo.errors import ConfigError
 from grpo.rewards import Grade
-from grpo.tasks import Problem
+from grpo.tasks import Grader, Problem
 
 MIN_LENGTH = 50  # characters; longer responses earn the length term
 MAX_INDICATORS = 5
@@ -133,16 +135,37 @@ SHAPES: dict[str, dict[str, Term]] = {
 }
 
 
+@dataclass(frozen=True)
+class Shaped:
+    """A grader whose verdicts stand, and earn the terms of a shape."""
+
+    grader: Grader
+    name: str
+    weights: dict[str, float]
+
+    def __post_init__(self) -> None:
+        check(self.name, self.weights)
+
+    def grade(self, problem: Problem, response: str) -> Grade:
+        grade = self.grader.grade(problem, response)
+        return replace(grade, terms=shape(self.name, self.weights, problem, response, grade))
+
+
+def check(name: str, weights: dict[str, float]) -> None:
+    """Raise ConfigError for a shape, a term or a weight that there cannot be."""
+    if name not in SHAPES:
+        raise ConfigError(f"env.reward_shape ({name}) must be one of {', '.join(SHAPES)}")
+    for term, weight in weights.items():
+        if term not in SHAPES[name]:
+            raise ConfigError(f"env.reward_weights ({term}): the shape {name} has the terms {', '.join(SHAPES[name])}")
+        if not math.isfinite(weight):
+            raise ConfigError(f"env.reward_weights ({term}: {weight}) must be a finite number")
+
+
 def shape(name: str, weights: dict[str, float], problem: Problem, response: str, grade: Grade) -> dict[str, float]:
     """The weighted terms of the shape `name`, whose sum is the reward of `response`.
 
-    `weights` takes the place of the weights in SHAPES for the terms that it names. Raises ConfigError for a shape or a term
-    that there is not.
+    `weights` takes the place of the weights in SHAPES for the terms that it names; `check` says which may be there.
     """
-    if name not in SHAPES:
-        raise ConfigError(f"reward shape ({name}) must be one of {', '.join(SHAPES)}")
-    terms = SHAPES[name]
-    for term in weights:
-        if term not in terms:
-            raise ConfigError(f"the reward shape {name} has no term {term}: its terms are {', '.join(terms)}")
-    return {key: weights.get(key, term.weight) * term.function(problem, response, grade) for key, term in terms.items()}
+    terms = SHAPES[name].items()
+    return {key: weights.get(key, term.weight) * term.function(problem, response, grade) for key, term in terms}

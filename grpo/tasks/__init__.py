@@ -9,6 +9,7 @@ import json
 import pkgutil
 from dataclasses import dataclass
 from functools import cached_property, partial
+from types import ModuleType
 from typing import TYPE_CHECKING, Protocol
 
 from jinja2 import TemplateError
@@ -32,7 +33,15 @@ class Problem:
     solution: str = ""  # the data set's own, where it has one: what an example of `env.few_shot` shows
 
 
-class Task(Protocol):
+class Grader(Protocol):
+    """What a task module's `grader` returns."""
+
+    def grade(self, problem: Problem, response: str) -> Grade:
+        """Score one response. Never raises for a strange response: that is what `unparseable` is for."""
+        ...
+
+
+class Task(Grader, Protocol):
     """What a task module's `load` returns."""
 
     system_prompt: str  # what the task expects of a response; `env.system_prompt` replaces it
@@ -42,9 +51,27 @@ class Task(Protocol):
         """The problems of `train`, `validation` or `test`; no problem is in two of them."""
         ...
 
-    def grade(self, problem: Problem, response: str) -> Grade:
-        """Score one response. Never raises for a strange response: that is what `unparseable` is for."""
-        ...
+
+def _module(dataset: str) -> ModuleType:
+    if dataset not in names():
+        raise ConfigError(f"env.dataset ({dataset}) must be one of {', '.join(names())}")
+    return importlib.import_module(f"{__name__}.{dataset}")
+
+
+def grader(config: EnvConfig) -> Grader:
+    """What grades for the task that `env.dataset` names, without its data, in the shape that `env.reward_shape` names.
+
+    Raises ConfigError where there is no such task or shape.
+    """
+    from grpo.shapes import Shaped
+
+    found = _module(config.dataset).grader()
+    return found if config.reward_shape is None else Shaped(found, config.reward_shape, config.reward_weights)
+
+
+def row_problem(dataset: str, row: dict, where: str) -> Problem:
+    """The problem of a row that holds what its response is graded against; raises DataError, which begins with `where`."""
+    return _module(dataset).row_problem(row, where)
 
 
 def names() -> list[str]:
@@ -54,9 +81,7 @@ def names() -> list[str]:
 
 def load(config: EnvConfig) -> Task:
     """The task that `env.dataset` names; raises ConfigError where there is none."""
-    if config.dataset not in names():
-        raise ConfigError(f"env.dataset ({config.dataset}) must be one of {', '.join(names())}")
-    task = importlib.import_module(f"{__name__}.{config.dataset}").load(config)
+    task = _module(config.dataset).load(config)
     if config.system_prompt is not None:
         task.system_prompt = config.system_prompt
     return task

@@ -9,7 +9,7 @@ import re
 from collections import defaultdict
 
 from grpo.config import EnvConfig
-from grpo.errors import ConfigError
+from grpo.errors import ConfigError, DataError
 from grpo.rewards import Grade
 from grpo.tasks import Problem
 
@@ -88,6 +88,18 @@ class Arithmetic:
         near, exact = abs(parsed - expected) <= 1, parsed == expected
         terms = {"format": 0.2, "near": 0.2 * near, "exact": 0.6 * exact}
         return Grade(terms, "correct" if exact else "wrong", str(parsed))
+
+
+def row_problem(row: dict, where: str) -> Problem:
+    """{answer}, a whole number; the question may be missing."""
+    try:
+        return Problem(str(row.get("question", "")), str(int(row["answer"])))
+    except (KeyError, TypeError, ValueError):
+        raise DataError(f"{where}: answer ({str(row.get('answer'))[:60]}) must be a whole number") from None
+
+
+def grader() -> Arithmetic:
+    return Arithmetic()
 
 
 def load(config: EnvConfig) -> Arithmetic:

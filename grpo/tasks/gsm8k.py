@@ -357,6 +357,20 @@ def _problem(row: dict, where: str) -> Problem:
     return Problem(question, str(stated), solution)
 
 
+def row_problem(row: dict, where: str) -> Problem:
+    """{answer, question}: the answer a number, or a text that states it; the question, which may be missing, for percent."""
+    answer, question = str(row.get("answer", "")), row.get("question", row.get("prompt", ""))
+    try:
+        gold(answer)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+    return Problem(str(question), answer)
+
+
+def grader() -> GSM8K:
+    return GSM8K({})
+
+
 def _solved(problem: Problem, style: str) -> str:
     """A response to `problem` as `style` asks for it, from its reference solution."""
     working = re.sub(r"<<[^<>]{0,100}>>", "", problem.solution)

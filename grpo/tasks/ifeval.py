@@ -43,7 +43,7 @@ class IFEval:
         return Grade(terms, "correct" if all(strict) else "wrong", f"{sum(strict)}/{len(strict)}")
 
 
-def problem(row: dict, where: str) -> Problem:
+def row_problem(row: dict, where: str) -> Problem:
     """The problem of a row {prompt, instruction_id_list, kwargs}; raises DataError, which begins with `where`.
 
     The hub gives every row all the keyword arguments there are: those that are null are left out.
@@ -60,6 +60,13 @@ def problem(row: dict, where: str) -> Problem:
         if found := fault(instruction_id, given):
             raise DataError(f"{where}: {found}; correct or remove the row")
     return Problem(prompt, json.dumps({"instruction_id_list": ids, "kwargs": kwargs}))
+
+
+def details(problem: Problem, response: str) -> dict[str, list[bool]]:
+    """`follow_strict` and `follow_loose`, a verdict an instruction."""
+    asked = json.loads(problem.answer)
+    strict, loose = verdicts(asked["instruction_id_list"], asked["kwargs"], response)
+    return {"follow_strict": strict, "follow_loose": loose}
 
 
 def split_problems(problems: list[Problem], validation_size: int, test_size: int) -> dict[str, list[Problem]]:
@@ -88,16 +95,22 @@ def _rows(config: EnvConfig) -> list[tuple[str, dict]]:
     return [(f"google/IFEval row {i} (key {row['key']})", row) for i, row in rows]
 
 
-def load(config: EnvConfig) -> IFEval:
-    """The task; raises ConfigError without langdetect, DataError for data that it cannot use."""
+def grader() -> IFEval:
+    """Raises ConfigError without langdetect."""
     if importlib.util.find_spec("langdetect") is None:
         raise ConfigError(
             "env.dataset (ifeval) needs the package langdetect: python -m pip install -r requirements_ifeval.txt"
         )
+    return IFEval({})
+
+
+def load(config: EnvConfig) -> IFEval:
+    """The task; raises ConfigError without langdetect, DataError for data that it cannot use."""
+    grader()
     if config.few_shot:
         raise ConfigError(f"env.few_shot ({config.few_shot}) must be 0 for ifeval, whose rows have no solutions")
     rows = _rows(config)
-    splits = split_problems([problem(row, where) for where, row in rows], config.validation_size, config.test_size)
+    splits = split_problems([row_problem(row, where) for where, row in rows], config.validation_size, config.test_size)
     if not splits["test"]:
         raise DataError(f"env.data ({config.data}) has {len(rows)} rows: give 4 different prompts or more, to split them")
     splits["train"] = splits["train"][: config.max_samples]

@@ -2,7 +2,7 @@ import pytest
 
 from grpo.errors import ConfigError
 from grpo.rewards import Grade
-from grpo.shapes import SHAPES, shape
+from grpo.shapes import SHAPES, Shaped, shape
 from grpo.tasks import Problem
 
 RIGHT, WRONG, NONE = (Grade({}, "correct", "18"), Grade({}, "wrong", "20"), Grade({}, "unparseable", None))
@@ -149,13 +149,13 @@ def test_weights_of_ones_own_take_the_place_of_those_they_name():
 @pytest.mark.parametrize(
     ("name", "weights", "message"),
     [
-        ("hybird", {}, r"reward shape \(hybird\) must be one of correctness, format, arithmetic, hybrid"),
-        ("format", {"formt": 1.0}, r"the reward shape format has no term formt: its terms are format, correct"),
+        ("hybird", {}, r"env.reward_shape \(hybird\) must be one of correctness, format, arithmetic, hybrid"),
+        ("format", {"formt": 1.0}, r"env.reward_weights \(formt\): the shape format has the terms format, correct"),
     ],
 )
 def test_what_there_is_not_is_named(name, weights, message):
     with pytest.raises(ConfigError, match=message):
-        earned(name, weights=weights)
+        Shaped(None, name, weights)
 
 
 HOSTILE = [
