@@ -8,7 +8,7 @@ import errno
 import gc
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Lock
@@ -30,9 +30,9 @@ from grpo.metrics import Clock, RunLog
 from grpo.models import check_files, load_tokenizer
 from grpo.plan import Plan, make_plan
 from grpo.pools import EnginePool, ReferencePool, TrainerPool, WeightPush, named
-from grpo.preemption import Preempted, listen
+from grpo.preemption import REQUEST, Preempted, listen
 from grpo.reference import ReferenceActor
-from grpo.remote import get, get_all
+from grpo.remote import LOOK_S, get, get_all
 from grpo.replay import make_replay_buffer
 from grpo.resume import CONFIG, SUMMARY, locked, write_config
 from grpo.rewards import load_reward_function
@@ -82,7 +82,7 @@ def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
         elif config.uses_reference:  # the policy without its adapters
             reference = ReferencePool(ranks, timeout_s, "training", trainer.order)
         background = ThreadPoolExecutor(1, thread_name_prefix="collect")
-        closing.callback(background.shutdown, wait=False, cancel_futures=True)
+        closing.callback(_end_background, background)
         log = RunLog(run_dir, config, None if resumed is None else resumed.state["log"])
         closing.callback(log.abandon)
         writer = CheckpointWriter(run_dir, train.keep_checkpoints, trainer, resumed)
@@ -142,6 +142,14 @@ def rare_garbage_collection() -> Iterator[None]:
     finally:
         gc.set_threshold(*before)
         gc.unfreeze()
+
+
+def _end_background(background: ThreadPoolExecutor) -> None:
+    """Have the thread leave what it waits for, since Ray ends next; a reward function of the user's may hold it longer."""
+    REQUEST.ended = True
+    last = background.submit(int)
+    background.shutdown(wait=False)
+    wait([last], timeout=4 * LOOK_S)
 
 
 def check_resume(checkpoint: Checkpoint, config: RunConfig, data: tasks.EncodedProblems) -> None:

@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from grpo.config import RunConfig, check_keys, from_dictconfig, readable
 from grpo.errors import ConfigError, UserError, one_line
+from grpo.preemption import GraceOver, Preempted
 from grpo.resume import find_run, resumed_config
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "config"
@@ -90,10 +91,8 @@ def launch(mode: str, default_config: str, main: Callable[[RunConfig, Path], Non
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # TorchRL imports vLLM here too
         try:
             import grpo_utils  # noqa: F401  main needs it; importing it takes seconds
-            from grpo.preemption import GraceOver, Preempted
-        finally:
+
             starting.close()
-        try:
             main(config, run_dir)
         except Preempted as stop:
             again = f"{SCRIPTS[mode]} resume={run_dir}"

@@ -30,6 +30,7 @@ class _Request:
 
     reason: str | None = None
     too_late: GraceOver | None = None  # once the grace period is over
+    ended: bool = False  # what still waits beside the main thread is to stop before Ray does
     in_ray: bool = False  # whose waits print what a signal handler raises, and go on
 
     def raise_if_too_late(self) -> None:
@@ -90,7 +91,7 @@ def listen(grace_s: float, max_wall_time: float | None) -> Iterator[Callable[[],
         yield install
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
-        REQUEST.reason = REQUEST.too_late = None
+        REQUEST.reason, REQUEST.too_late, REQUEST.ended = None, None, False
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -46,12 +46,16 @@ def get_all(
     With `can_be_left` a run that is asked to end meanwhile does not wait for them (Preempted).
     """
     waiting = {call: actor for actor, call in calls.items()}
-    deadline = time.monotonic() + timeout_s
+    deadline, in_main_thread = time.monotonic() + timeout_s, threading.current_thread() is threading.main_thread()
     while waiting:
-        REQUEST.in_ray = threading.current_thread() is threading.main_thread()
+        if in_main_thread:
+            REQUEST.in_ray = True
+        elif REQUEST.ended:  # a call now would start Ray again
+            raise ActorError(f"the run ended while {doing}")
         done, _ = ray.wait(list(waiting), timeout=min(LOOK_S, max(0.0, deadline - time.monotonic())))
-        REQUEST.in_ray = False
-        REQUEST.raise_if_too_late()
+        if in_main_thread:
+            REQUEST.in_ray = False
+            REQUEST.raise_if_too_late()
         if can_be_left:
             REQUEST.check()
         if not done and time.monotonic() < deadline:

@@ -114,7 +114,8 @@ def test_ctrl_c_before_the_first_step_ends_without_a_traceback(tmp_path, model_p
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "Traceback" not in errors
-    _, alive = psutil.wait_procs(started, timeout=20)
+    # Where it hit Ray while that was starting, Ray's agents see only after a while that their raylet is gone.
+    _, alive = psutil.wait_procs(started, timeout=90)
     assert not alive
 
 
