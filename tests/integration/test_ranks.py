@@ -71,10 +71,10 @@ class Rewinding(TrainerActor):
     def overflow(self, rank: int | None) -> None:
         self.overflowing_rank = rank
 
-    def _optimise(self) -> float:
+    def _optimise(self, loss_is_finite: bool) -> float:
         if self.rank == self.overflowing_rank:
             self.trainable[0].grad.to_local().fill_(float("inf"))
-        return super()._optimise()
+        return super()._optimise(loss_is_finite)
 
 
 SGD = OptimizerConfig(name="sgd", lr=1.0, warmup_steps=0, clip_grad_norm=1e9)  # weights differ by the gradient
