@@ -15,7 +15,7 @@ from grpo.config import EnvConfig
 from grpo.errors import ConfigError, DataError
 from grpo.instructions import INSTRUCTIONS, fault, follows, loosened, sentences, verdicts
 from grpo.tasks import Problem, load
-from grpo.tasks.ifeval import IFEval, problem, split_problems
+from grpo.tasks.ifeval import IFEval, row_problem, split_problems
 
 SHARED = Path(os.environ.get("GRPO_SHARED_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
 GOOGLES = SHARED / "ifeval_input_data.jsonl"
@@ -482,13 +482,13 @@ def test_a_bad_row_is_named_with_its_file_and_number(tmp_path, bad, message):
 )
 def test_wrong_keyword_arguments_are_named(name, changes, message):
     with pytest.raises(DataError, match=message) as raised:
-        problem(row(1, instruction_id_list=[name], kwargs=[CASES[name][0][0] | changes]), "here:1")
+        row_problem(row(1, instruction_id_list=[name], kwargs=[CASES[name][0][0] | changes]), "here:1")
     assert str(raised.value).startswith("here:1: ")
     assert "\n" not in str(raised.value)
 
 
 def test_keyword_arguments_that_are_null_are_those_of_other_kinds():
-    loaded = problem(row(1, kwargs=[{"relation": None, "num_words": None}]), "here:1")
+    loaded = row_problem(row(1, kwargs=[{"relation": None, "num_words": None}]), "here:1")
     assert json.loads(loaded.answer) == {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
 
 
