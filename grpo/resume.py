@@ -9,17 +9,73 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from grpo.config import RunConfig, differences, from_dictconfig, key_value, known_keys, readable
+from grpo.config import RunConfig, from_dictconfig, known_keys, readable
 from grpo.errors import ConfigError
 
 AUTO = "auto"
 # In a run directory: the configuration that the run has now, what says that it has ended, and whose it is.
 CONFIG, SUMMARY, LOCK = "config.yaml", "summary.json", ".lock"
+
+
+# What may be another in a resumed run, which is still the same run: keys, or sections.
+MAY_CHANGE = (
+    "resume",
+    "resume_force",
+    "dry_run",
+    "logging",
+    "ray",
+    "env.grading_processes",
+    "env.grading_timeout_s",
+    "env.reward_timeout_s",
+    "model.cache_dir",
+    "inference_model.gpu_memory_utilization",
+    "inference_model.num_devices",
+    "inference_model.tensor_parallel_size",
+    "ref_model.num_devices",
+    "train_model.gradient_checkpointing",
+    "train_model.num_devices",
+    *(
+        f"train.{name}"
+        for name in (
+            "checkpoint_frequency",
+            "eval_frequency",
+            "grace_s",
+            "gradient_accumulation_steps",
+            "keep_checkpoints",
+            "logging_frequency",
+            "max_grader_error_rate",
+            "max_skipped_steps",
+            "max_tokens_per_micro_batch",
+            "max_wall_time",
+            "probe_frequency",
+            "stop_when",
+            "total_dialog_turns",
+            "weight_transport",
+        )
+    ),
+)
+
+
+def differences(before: RunConfig, now: RunConfig) -> list[str]:
+    """Keys that make another run of it, with both values: `key (before -> now)`."""
+    return [
+        f"{key} ({key_value(before, key)} -> {key_value(now, key)})"
+        for key in known_keys()
+        if key_value(before, key) != key_value(now, key) and key not in MAY_CHANGE and key.split(".")[0] not in MAY_CHANGE
+    ]
+
+
+def key_value(config: RunConfig, key: str) -> Any:
+    """What `config` has for `section.name`."""
+    for name in key.split("."):
+        config = getattr(config, name)
+    return config
 
 
 def write_whole(path: Path, text: str) -> None:
