@@ -2,9 +2,9 @@
 
 Everything runs on the actor's one event loop, so a weight update happens between two engine steps by construction:
 
-    exchange: requests ──> engine.add ─┐
-                                       ├─ loop: engine.step() ──> finished responses ──> exchange returns
-    update_weights ────────────────────┘       (whenever the engine has work)
+    generate, submit ──> engine.add ─┐
+                                     ├─ loop: engine.step() ──> finished responses ──> generate returns, or take
+    update_weights ──────────────────┘       (whenever the engine has work)
 
 An engine (vLLM or transformers) implements `Engine`; the actor adds nothing but the loop.
 """
@@ -12,7 +12,9 @@ An engine (vLLM or transformers) implements `Engine`; the actor adds nothing but
 import asyncio
 import importlib
 import os
-from dataclasses import dataclass
+import time
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -100,15 +102,29 @@ def make_engine(spec: EngineSpec) -> Engine:
     return getattr(importlib.import_module(module), name)(spec)
 
 
+class Inbox:
+    """Finished responses that wait for whoever asked for them."""
+
+    def __init__(self) -> None:
+        self.finished: list[Completions] = []
+        self.waiting_for = 0  # requests
+        self.changed = asyncio.Event()
+
+    def take(self) -> Completions:
+        taken, self.finished = self.finished, []
+        return Completions.concatenate(taken)
+
+
 class InferenceActor:
     """A Ray actor (asyncio): see the module's drawing."""
 
     def __init__(self, spec: EngineSpec) -> None:
         self.spec = spec
-        self.finished: list[Completions] = []
-        self.num_finished = 0
-        self.changed = asyncio.Event()
+        self.stream = Inbox()
+        self.asked: dict[int, tuple[Inbox, int]] = {}  # who asked for a request, and under which id, by the engine's id
+        self.num_requests = 0
         self.loop_task: asyncio.Task | None = None
+        self.busy_s = 0.0
 
     async def start(self) -> int:
         """Load the model; returns the process id."""
@@ -121,42 +137,88 @@ class InferenceActor:
     async def connect(self, description: dict, engine: str, first_index: int, aliases: list[str]) -> list[str]:
         return self.engine.connect(description, engine, first_index, aliases)
 
-    async def exchange(self, requests: list[Request], at_least: int, seed: int | None = None) -> Completions:
-        """Queue `requests`; return the responses finished since the last call, once there are `at_least` of them.
+    async def generate(self, requests: list[Request], seed: int | None = None) -> Completions:
+        """The responses to `requests`, once all are finished.
 
-        With `seed`, what the requests sample depends on it and on them alone; the engine must then be idle.
+        With `seed`, what they sample depends on it and on them alone; the engine must then be idle.
         """
         if seed is not None:
             assert not self.engine.has_work(), "an engine can be reseeded only while it is idle"
             self.engine.reseed(seed)
+        inbox = Inbox()
+        self._add(requests, inbox)
+        while inbox.waiting_for:
+            await self._next(inbox)
+        return inbox.take()
+
+    async def submit(self, requests: list[Request], seed: int) -> None:
+        """Queue `requests`, whose responses `take` gives; an idle engine is seeded first."""
+        if not self.engine.has_work():
+            self.engine.reseed(seed)
+        self._add(requests, self.stream)
+
+    async def take(self, wait_s: float) -> Completions | None:
+        """What has finished of what was submitted since the last call, once there is any; None after `wait_s` seconds."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(wait_s):
+                while not self.stream.finished:
+                    await self._next(self.stream)
+        return self.stream.take() if self.stream.finished else None
+
+    def _add(self, requests: list[Request], inbox: Inbox) -> None:
         for request in requests:
-            self.engine.add(request)
+            self.asked[self.num_requests] = inbox, request.request_id
+            self.engine.add(replace(request, request_id=self.num_requests))
+            self.num_requests += 1
+        inbox.waiting_for += len(requests)
         if self.loop_task is None or self.loop_task.done():
             self.loop_task = asyncio.create_task(self._run())
-        while self.num_finished < at_least:
-            self.changed.clear()
-            change = asyncio.create_task(self.changed.wait())
-            await asyncio.wait({change, self.loop_task}, return_when=asyncio.FIRST_COMPLETED)
+
+    async def _next(self, inbox: Inbox) -> None:
+        """Wait until more is in `inbox`; an engine's error belongs to whoever waits for its responses."""
+        inbox.changed.clear()
+        change = asyncio.create_task(inbox.changed.wait())
+        try:
+            running = {self.loop_task} if inbox.waiting_for else set()
+            await asyncio.wait({change, *running}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
             change.cancel()
-            if self.loop_task.done():
-                self.loop_task.result()  # an engine's error belongs to whoever waits for its responses
-                assert self.num_finished >= at_least, "more responses were asked for than were requested"
-        taken, self.finished, self.num_finished = self.finished, [], 0
-        return Completions.concatenate(taken)
+        if inbox.waiting_for and self.loop_task.done():
+            self.loop_task.result()
 
     async def _run(self) -> None:
         while self.engine.has_work():
+            start = time.perf_counter()
             finished = self.engine.step()
+            self.busy_s += time.perf_counter() - start
             if finished is not None:
-                self.finished.append(finished)
-                self.num_finished += len(finished)
-                self.changed.set()
-            await asyncio.sleep(0)  # let exchange and update_weights in
+                self._deliver(finished)
+            await asyncio.sleep(0)  # let calls in
+
+    def _deliver(self, finished: Completions) -> None:
+        ids = finished.request_id.tolist()
+        asked = {i: self.asked.pop(i) for i in set(ids)}
+        finished.request_id = np.array([asked[i][1] for i in ids])
+        for inbox in {inbox for inbox, _ in asked.values()}:
+            mine = np.array([asked[i][0] is inbox for i in ids])
+            inbox.finished.append(finished if mine.all() else finished.select(mine))
+            inbox.waiting_for -= sum(1 for its, _ in asked.values() if its is inbox)
+            inbox.changed.set()
 
     async def update_weights(self, version: int) -> Receipt:
         """Receive push `version` and acknowledge it once it was applied."""
         return self.engine.update_weights(version)
 
+    async def drain(self) -> None:
+        """Wait until nothing runs: what was submitted ends under the weights that it began with."""
+        while self.engine.has_work():
+            await asyncio.wait({self.loop_task})
+            self.loop_task.result()
+
     async def log_probs(self, tokens: list[int]) -> np.ndarray:
         """Log-probs [T - 1] of all tokens but the first under the current weights."""
         return self.engine.log_probs(tokens)
+
+    async def busy(self) -> float:
+        """Seconds spent in engine steps so far."""
+        return self.busy_s

@@ -32,14 +32,17 @@ class EnginePool:
     def __init__(self, actors: list[ActorHandle], timeout_s: float) -> None:
         self.actors, self.timeout_s = actors, timeout_s
 
-    def generate(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> Completions:
-        """Responses to `prompts`, in their order, K together; the same seed and weights give the same responses."""
+    def generate(self, prompts: list[list[int]], sampling: Sampling, seed: int | None) -> Completions:
+        """Responses to `prompts`, in their order, K together; the same seed and weights give the same responses.
+
+        Without a seed the engines need not be idle.
+        """
         requests = [Request(i, prompt, sampling) for i, prompt in enumerate(prompts)]
         calls = []
         for i, actor in enumerate(self.actors):
             share = requests[i :: len(self.actors)]
             if share:
-                calls.append(actor.exchange.remote(share, len(share) * sampling.num_responses, seed + i))
+                calls.append(actor.generate.remote(share, None if seed is None else seed + i))
         doing = f"sampling responses to {len(prompts)} prompts"
         answers = get_all(named("inference", calls), self.timeout_s, doing, can_be_left=True)
         return Completions.concatenate(answers).in_request_order()

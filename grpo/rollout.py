@@ -64,8 +64,11 @@ class Completions:
     def in_request_order(self) -> "Completions":
         """The same responses sorted by request id, so that nothing downstream depends on who finished first."""
         order = np.argsort(self.request_id, kind="stable")
-        if (order[:-1] <= order[1:]).all():
-            return self
+        return self if (order[:-1] <= order[1:]).all() else self.select(order)
+
+    def select(self, which: np.ndarray) -> "Completions":
+        """The responses `which`: bool [N], or indices in the order that they are wanted in."""
+        order = np.flatnonzero(which) if which.dtype == bool else which
         pieces = np.split(np.arange(len(self.tokens)), np.cumsum(self.length)[:-1])
         flat = np.concatenate([pieces[i] for i in order])
         return Completions(

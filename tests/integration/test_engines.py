@@ -120,7 +120,7 @@ def push(actor, model: torch.nn.Module, version: int) -> tuple[Sent, Receipt]:
 def sample(actor, prompts: list[list[int]], num_responses: int = 4, seed: int = 5, temperature: float = 1.0) -> Completions:
     sampling = Sampling(num_responses, MAX_TOKENS, temperature)
     requests = [Request(i, prompt, sampling) for i, prompt in enumerate(prompts)]
-    call = actor.exchange.remote(requests, len(requests) * num_responses, seed)
+    call = actor.generate.remote(requests, seed)
     return ray.get(call, timeout=TIMEOUT_S).in_request_order()
 
 
@@ -170,7 +170,7 @@ def test_responses_end_at_their_token_budget_or_by_themselves(engine, prompts, m
     _, actor = engine
     eos = load_tokenizer(model_path).eos_token_id
     requests = [Request(i, prompt, Sampling(2, 6, 1.0)) for i, prompt in enumerate(prompts)]
-    short = ray.get(actor.exchange.remote(requests, 2 * len(prompts), 0), timeout=TIMEOUT_S)
+    short = ray.get(actor.generate.remote(requests, 0), timeout=TIMEOUT_S)
     assert short.length.max() == 6
     for tokens, stopped in zip(short.responses(), short.stopped, strict=True):
         assert (tokens[-1] == eos) == stopped

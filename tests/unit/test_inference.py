@@ -59,23 +59,45 @@ def requests(*ids: int, num_responses: int = 2) -> list[Request]:
 def test_every_request_gets_its_responses_and_none_is_returned_twice(actor):
     async def scenario() -> None:
         await actor.start()
-        first = await actor.exchange(requests(3, 1, 2), at_least=6, seed=9)
+        first = await actor.generate(requests(3, 1, 2), seed=9)
         assert first.in_request_order().request_id.tolist() == [1, 1, 2, 2, 3, 3]
         assert first.in_request_order().responses() == [[1, 2], [1, 2], [2, 3], [2, 3], [3, 4], [3, 4]]
-        second = await actor.exchange(requests(7), at_least=2)
+        second = await actor.generate(requests(7))
         assert second.request_id.tolist() == [7, 7]
         assert actor.engine.seeds == [9]
 
     asyncio.run(asyncio.wait_for(scenario(), 10))
 
 
-def test_an_exchange_returns_once_enough_have_finished_and_the_rest_comes_later(actor):
+def test_what_is_submitted_is_taken_as_it_finishes_and_apart_from_what_is_generated_meanwhile(actor):
     async def scenario() -> None:
         await actor.start()
-        early = await actor.exchange(requests(0, 1, 2, 3), at_least=2)
+        assert await actor.take(0.01) is None
+        await actor.submit(requests(0, 1, 2, 3), seed=4)
+        assert actor.engine.seeds == [4]
+        early = await actor.take(5)
         assert 2 <= len(early) < 8
-        late = await actor.exchange([], at_least=8 - len(early))
-        assert sorted([*early.request_id, *late.request_id]) == [0, 0, 1, 1, 2, 2, 3, 3]
+        await actor.submit(requests(4), seed=5)
+        assert actor.engine.seeds == [4]  # it was not idle
+        between = await actor.generate(requests(0, 9))  # ids of one caller's may be those of another's
+        assert sorted(between.request_id) == [0, 0, 9, 9]
+        taken = [*early.request_id]
+        while len(taken) < 10:
+            taken += (await actor.take(5)).request_id.tolist()
+        assert sorted(taken) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+        assert await actor.take(0.01) is None
+        assert actor.busy_s > 0
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+def test_a_drained_engine_has_nothing_left_to_do(actor):
+    async def scenario() -> None:
+        await actor.start()
+        await actor.submit(requests(*range(6)), seed=0)
+        await actor.drain()
+        assert not actor.engine.has_work()
+        assert len(await actor.take(5)) == 12
 
     asyncio.run(asyncio.wait_for(scenario(), 10))
 
@@ -83,7 +105,7 @@ def test_an_exchange_returns_once_enough_have_finished_and_the_rest_comes_later(
 def test_a_weight_update_falls_between_two_steps_and_answers_its_version(actor):
     async def scenario() -> None:
         await actor.start()
-        running = asyncio.create_task(actor.exchange(requests(*range(6)), at_least=12))
+        running = asyncio.create_task(actor.generate(requests(*range(6))))
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         assert (await actor.update_weights(5)).version == 5
@@ -97,18 +119,26 @@ def test_an_engines_error_reaches_whoever_waits(actor):
         await actor.start()
         broken = Request(1, [], Sampling(1, 4, 1.0))
         with pytest.raises(RuntimeError, match="the engine broke"):
-            await actor.exchange([broken], at_least=1)
+            await actor.generate([broken])
 
     asyncio.run(asyncio.wait_for(scenario(), 10))
 
 
-def test_asking_for_more_than_was_requested_and_reseeding_a_busy_engine_are_refused(actor):
+def test_an_engines_error_reaches_who_waits_for_the_stream(actor):
     async def scenario() -> None:
         await actor.start()
-        with pytest.raises(AssertionError, match="more responses were asked for"):
-            await actor.exchange(requests(0), at_least=3)
+        await actor.submit([Request(1, [], Sampling(1, 4, 1.0))], seed=0)
+        with pytest.raises(RuntimeError, match="the engine broke"):
+            await actor.take(5)
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+def test_reseeding_a_busy_engine_is_refused(actor):
+    async def scenario() -> None:
+        await actor.start()
         actor.engine.add(requests(1)[0])
         with pytest.raises(AssertionError, match="only while it is idle"):
-            await actor.exchange([], at_least=1, seed=1)
+            await actor.generate([], seed=1)
 
     asyncio.run(asyncio.wait_for(scenario(), 10))

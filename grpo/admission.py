@@ -1,0 +1,112 @@
+"""Bounded staleness: which prompts may be started, and which finished groups make the next batch.
+
+Pure bookkeeping over integers; nothing here knows of actors. A batch is trained on for `epochs` optimiser steps, and after
+every `steps_per_version` steps the weights are pushed as the next policy version. So the version under which batch b takes
+its last step is known beforehand,
+
+    last_version(b) = ((b + 1) epochs - 1) // steps_per_version,
+
+and a group that was started under version v has a deadline: the last b with last_version(b) <= v + max_staleness. Two rules
+keep every started group within it, so that nothing that was sampled is thrown away and nothing older than the bound is
+trained on:
+
+    start   a prompt only while all started groups fit into the batches up to their deadlines
+    choose  finished groups for a batch, earliest deadline first, only if those left behind still fit; else wait for the
+            stragglers. Since a push comes after a fixed number of steps, it waits with them.
+
+A group is started once and trained on once (in `epochs` steps), however long its responses are.
+"""
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterable
+
+
+class Admission:
+    """Groups by id: 0, 1, 2, ... in the order of the prompt stream."""
+
+    def __init__(
+        self,
+        groups_per_batch: int,
+        num_groups: int,
+        max_staleness: int,
+        steps_per_version: int = 1,
+        epochs: int = 1,
+        most_started: int | None = None,
+    ) -> None:
+        """`num_groups`: of the whole run, a multiple of `groups_per_batch`. `most_started`: room for started groups."""
+        assert max_staleness >= least_staleness(epochs, steps_per_version), "the first group could never be trained on"
+        self.groups_per_batch, self.num_groups, self.max_staleness = groups_per_batch, num_groups, max_staleness
+        self.steps_per_version, self.epochs = steps_per_version, epochs
+        self.most_started = math.inf if most_started is None else most_started
+        self.batch = 0  # the next one to be chosen
+        self.next_id = 0
+        self.version = 0
+        self.deadlines: dict[int, int] = {}  # of the groups that are started and not yet chosen
+        self.again: list[int] = []  # started by a process that ended, and to be started again
+        self.num_dropped = 0  # groups that another takes the place of
+
+    @property
+    def is_over(self) -> bool:
+        return self.batch * self.groups_per_batch >= self.num_groups
+
+    @property
+    def deadline(self) -> int:
+        """The last batch that a group that is started now can be in."""
+        return (self.version + self.max_staleness + 1) * self.steps_per_version // self.epochs - 1
+
+    def start(self) -> list[int]:
+        """The groups to start now, as many as may be."""
+        room = (self.deadline - self.batch + 1) * self.groups_per_batch
+        left = self.num_groups - self.batch * self.groups_per_batch  # that the run still trains on
+        count = int(max(0, min(room, left, self.most_started) - len(self.deadlines)))
+        ids, self.again = self.again[:count], self.again[count:]
+        fresh = count - len(ids)
+        ids += range(self.next_id, self.next_id + fresh)
+        self.next_id += fresh
+        self.deadlines |= dict.fromkeys(ids, self.deadline)
+        return ids
+
+    def choose(self, finished: Iterable[int]) -> list[int] | None:
+        """The next batch out of the `finished` groups, or None while it has to be waited for."""
+        there = sorted((self.deadlines[i], i) for i in finished if i in self.deadlines)[: self.groups_per_batch]
+        if len(there) < self.groups_per_batch:
+            return None
+        chosen = [i for _, i in there]
+        left = sorted(self.deadlines[i] for i in self.deadlines.keys() - set(chosen))
+        if not self._fit(left, self.batch + 1):
+            return None
+        for i in chosen:
+            del self.deadlines[i]
+        self.batch += 1
+        return sorted(chosen)
+
+    def _fit(self, deadlines: list[int], first: int) -> bool:
+        """Whether groups with these deadlines (sorted) fit into the batches from `first` on."""
+        return all(
+            bisect_right(deadlines, last) <= max(0, last - first + 1) * self.groups_per_batch for last in set(deadlines)
+        )
+
+    def drop(self, ids: Iterable[int]) -> None:
+        """These groups are not trained on; others are started in their place."""
+        for i in ids:
+            del self.deadlines[i]
+            self.num_dropped += 1
+
+    def pushed(self, version: int) -> None:
+        """The engines have this version now."""
+        self.version = version
+
+    @property
+    def unfinished(self) -> list[int]:
+        """Groups that were started and not chosen."""
+        return sorted(self.deadlines) + self.again
+
+    def restore(self, batch: int, next_id: int, again: list[int], version: int) -> None:
+        """Go on after `batch` batches; the groups `again` were started and are lost."""
+        self.batch, self.next_id, self.again, self.version, self.deadlines = batch, next_id, list(again), version, {}
+
+
+def least_staleness(epochs: int, steps_per_version: int) -> int:
+    """Versions between the first and the last step on one batch, at most: what max_staleness has to allow."""
+    return -(-(epochs - 1) // steps_per_version)
