@@ -64,7 +64,7 @@ def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
         limits = config.env.grading_timeout_s, config.env.reward_fn, config.env.reward_timeout_s
         grading = closing.enter_context(GradingPool(tasks.grader(config.env), config.env.grading_processes, *limits))
         check_reward_function(grading, data["train"].problems[:group_size])
-        env = PromptEnv(config.groups_per_collection, group_size, grading, data["train"], stream, tokenizer, clock)
+        env = PromptEnv((config.groups_per_collection, group_size), grading, data["train"], stream, tokenizer, clock)
         take_signals = closing.enter_context(listen(config.train.grace_s, config.train.max_wall_time))
         _start_ray(config, plan, closing)
         take_signals()

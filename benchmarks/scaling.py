@@ -152,7 +152,7 @@ def make_run(config: RunConfig, run_dir: Path, watch: Stopwatch, grading: Gradin
     data = load_data(config, task, tokenizer)
     size, responses = config.env.repeats, config.train.dialog_turns_per_batch
     stream = PromptStream(len(data["train"].problems), config.seed)
-    env = PromptEnv(responses // size, size, grading, data["train"], stream, tokenizer, clock)
+    env = PromptEnv((responses // size, size), grading, data["train"], stream, tokenizer, clock)
     env._grade = watch.timed("grading", env._grade)
     engines = ReadyEngines(config, tokenizer, watch)
     collector = make_collector(config, env, engines, None)

@@ -3,7 +3,8 @@
     PromptEnv.reset ──> InferencePolicy ──> PromptEnv.step ──> Finish
      next prompts        engines respond     grades             reference log-probs, group advantages
 
-One turn of `GroupCollector` (a TorchRL LLMCollector) is one collection: G groups of K rollouts, see grpo/rollout.py.
+One turn of `GroupCollector` (a TorchRL LLMCollector) is one collection: G groups of K rollouts, see grpo/rollout.py. In the
+async mode (grpo/background.py) the policy's place is taken by what the engines have finished meanwhile.
 """
 
 import warnings
@@ -40,9 +41,10 @@ class PromptStream:
 
     def upcoming(self, count: int) -> list[int]:
         """The next `count` problem indices; asking does not use them up."""
-        return [self._at(self.position + i) for i in range(count)]
+        return [self.at(self.position + i) for i in range(count)]
 
-    def _at(self, position: int) -> int:
+    def at(self, position: int) -> int:
+        """The problem at `position`, which is also its group's id."""
         data_pass, offset = divmod(position, self.num_problems)
         if getattr(self, "_pass", None) != data_pass:
             self._pass = data_pass
@@ -58,17 +60,15 @@ class PromptEnv(EnvBase):
 
     def __init__(
         self,
-        num_groups: int,
-        group_size: int,
+        shape: tuple[int, ...],
         grading: GradingPool,
         data: EncodedProblems,
         stream: PromptStream,
         tokenizer: PreTrainedTokenizerBase,
         clock: Clock,
     ) -> None:
-        super().__init__(batch_size=[num_groups, group_size])
+        super().__init__(batch_size=shape)
         self.grading, self.data, self.stream, self.tokenizer, self.clock = grading, data, stream, tokenizer, clock
-        shape = self.batch_size
         self.observation_spec = Composite(
             problem=Unbounded(shape=shape, dtype=torch.int64),
             group_id=Unbounded(shape=shape, dtype=torch.int64),
@@ -80,8 +80,7 @@ class PromptEnv(EnvBase):
         self.done_spec = Categorical(2, shape=(*shape, 1), dtype=torch.bool)
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs) -> TensorDict:
-        num_groups = self.batch_size[0]
-        first = self.stream.position
+        num_groups, first = self.batch_size[0], self.stream.position
         problem = torch.tensor(self.stream.upcoming(num_groups))
         group_id = torch.arange(first, first + num_groups)
         columns = {"problem": problem, "group_id": group_id}
@@ -91,7 +90,7 @@ class PromptEnv(EnvBase):
         with self.clock.phase("reward"):
             records = self._grade(tensordict)
         rewards = torch.tensor([[grade.reward for grade in record.grades] for record in records])
-        done = torch.ones(*self.batch_size, 1, dtype=torch.bool)
+        done = torch.ones(*tensordict.batch_size, 1, dtype=torch.bool)
         graded = torch.tensor([[grade.is_verdict for grade in record.grades] for record in records])
         result = TensorDict(
             reward=rewards[..., None].float(),
@@ -100,17 +99,17 @@ class PromptEnv(EnvBase):
             terminated=done.clone(),
             problem=tensordict["problem"],
             group_id=tensordict["group_id"],
-            batch_size=self.batch_size,
+            batch_size=tensordict.batch_size,
         )
         self.records = records
-        self.stream.position += self.batch_size[0]
+        self.stream.position += len(tensordict)
         return result
 
     def _grade(self, rollouts: TensorDictBase) -> list[GroupRecord]:
         flat = rollouts.reshape(-1)
         rows = [tokens[mask].tolist() for tokens, mask in zip(flat["tokens"], flat["response_mask"], strict=True)]
         texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
-        problems, size = [self.data.problems[i] for i in flat["problem"].tolist()], self.batch_size[1]
+        problems, size = [self.data.problems[i] for i in flat["problem"].tolist()], rollouts.batch_size[1]
         grades = self.grading.grade(problems, texts)
         groups = [
             GroupRecord(problems[i].question, problems[i].answer, texts[i : i + size], grades[i : i + size])
@@ -136,6 +135,11 @@ def rewarded(groups: list[GroupRecord], grading: GradingPool) -> list[GroupRecor
     ]
 
 
+def sampling_seed(seed: int, first_group: int) -> int:
+    """What engines are seeded with before they sample `first_group` and those that follow it."""
+    return int(np.random.SeedSequence([seed, first_group]).generate_state(1)[0])
+
+
 class InferencePolicy(TensorDictModuleBase):
     """The policy as TorchRL sees it: prompts in, rollouts out, sampled by the engines."""
 
@@ -148,11 +152,19 @@ class InferencePolicy(TensorDictModuleBase):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         prompts = [self.data.prompts[i] for i in tensordict["problem"][:, 0].tolist()]
-        collection_seed = int(np.random.SeedSequence([self.seed, int(tensordict["group_id"][0, 0])]).generate_state(1)[0])
+        collection_seed = sampling_seed(self.seed, int(tensordict["group_id"][0, 0]))
         with self.clock.phase("generate"):
             completions = self.engines.generate(prompts, self.sampling, collection_seed)
         rows = [prompt for prompt in prompts for _ in range(self.sampling.num_responses)]
         return tensordict.update(pack(rows, completions).view(tensordict.batch_size))
+
+
+def graded_turn(env: PromptEnv, rollouts: TensorDictBase) -> TensorDict:
+    """The rollouts [G, K] with what a step of `env` says of them: `reward` and `graded`."""
+    turn = env.step(rollouts)
+    turn["reward"] = turn["next", "reward"].squeeze(-1)
+    turn["graded"] = turn["next", "graded"]
+    return turn.exclude("next", "done", "terminated")
 
 
 class Finish:
@@ -196,7 +208,4 @@ class GroupCollector(LLMCollector):
         return self._collect
 
     def _collect(self) -> TensorDict:
-        turn = self.env.step(self.policy(self.env.reset()))
-        turn["reward"] = turn["next", "reward"].squeeze(-1)
-        turn["graded"] = turn["next", "graded"]
-        return turn.exclude("next", "done", "terminated")
+        return graded_turn(self.env, self.policy(self.env.reset()))

@@ -1,7 +1,11 @@
-"""The replay buffer: whole groups in, optimiser batches out, each group once an epoch."""
+"""The replay buffer: whole groups in, optimiser batches out.
 
-import numpy as np
-import torch
+In sync mode it holds one collection and yields each of its groups once an epoch, in the order of the prompts, which are
+drawn at random. In async mode it is a Ray actor: collectors write to it, and the driver takes the groups that it chose.
+"""
+
+from functools import partial
+
 from tensordict import TensorDict
 from torchrl.data import ListStorage, ReplayBuffer
 from torchrl.data.replay_buffers import SamplerWithoutReplacement
@@ -10,17 +14,49 @@ from grpo.rollout import collate
 
 
 def make_replay_buffer(num_groups: int, groups_per_batch: int) -> ReplayBuffer:
-    """A buffer of `num_groups` groups. One pass of `for batch in buffer` yields each group once, in a random order."""
+    """A buffer of `num_groups` groups. One pass of `for batch in buffer` yields each group once, in their order."""
     return ReplayBuffer(
         storage=ListStorage(num_groups),
-        sampler=SamplerWithoutReplacement(),
+        sampler=SamplerWithoutReplacement(shuffle=False),
         collate_fn=collate,
         batch_size=groups_per_batch,
     )
 
 
-def refill(buffer: ReplayBuffer, groups: TensorDict, seed: list[int]) -> None:
-    """Have the buffer hold `groups` [G] alone, in an order that depends on `seed` and on nothing before."""
+def refill(buffer: ReplayBuffer, groups: TensorDict) -> None:
+    """Have the buffer hold `groups` [G] alone."""
     buffer.empty()
     buffer.extend(groups)
-    buffer.set_rng(torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0])))
+
+
+class GroupBuffer(ReplayBuffer):
+    """Groups under their ids, in any order of arrival; what is taken makes room.
+
+    The driver keeps the account of what may be trained on (grpo/admission.py); here is only what there is.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(storage=partial(ListStorage), collate_fn=collate, batch_size=1)
+        self.slots: dict[int, int] = {}  # where a group lies, by its id
+        self.free: list[int] = []
+
+    def extend(self, groups: TensorDict) -> None:
+        """Add `groups` [G]."""
+        for i in range(len(groups)):
+            slot = self.free.pop() if self.free else len(self.slots)
+            self.storage.set(slot, groups[i])
+            self.slots[int(groups[i]["group_id"][0])] = slot
+
+    def finished(self) -> list[int]:
+        """The ids of the groups that are here."""
+        return list(self.slots)
+
+    def take(self, ids: list[int], keep: bool = False) -> TensorDict:
+        """A batch [B] of these groups, which are then no longer here unless they are to be kept."""
+        batch = collate([self.storage.get(self.slots[i]) for i in ids])
+        if not keep:
+            self.remove(ids)
+        return batch
+
+    def remove(self, ids: list[int]) -> None:
+        self.free += [self.slots.pop(i) for i in ids]

@@ -156,7 +156,7 @@ class Run:
 
     def batches(self, rollouts: TensorDict) -> Iterator[TensorDict]:
         """train.epochs passes over `rollouts` [G] in optimiser batches [B]; a resumed run leaves out what it has done."""
-        refill(self.replay_buffer, rollouts, [self.config.seed, self.progress.position])
+        refill(self.replay_buffer, rollouts)
         batches = chain.from_iterable(self.replay_buffer for _ in range(self.config.train.epochs))
         yield from islice(batches, self.progress.steps_of_collection, None)
 

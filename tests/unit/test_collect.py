@@ -103,7 +103,7 @@ def make_collector(reference=None, kl_in_reward: float = 0.0, reward_function=No
     data = EncodedProblems([Problem(letter, letter * 2) for letter in LETTERS], [i * (n + 1) for n, i in enumerate(ids)], 0)
     stream, clock, engines = PromptStream(5, seed=2), Clock(), Engines()
     grading = DirectGrading(task or Echo(), reward_function)
-    env = PromptEnv(2, 3, grading, data, stream, tokenizer, clock)
+    env = PromptEnv((2, 3), grading, data, stream, tokenizer, clock)
     collector = GroupCollector(
         env,
         policy=InferencePolicy(engines, data, Sampling(3, 8, 1.0), 11, clock),

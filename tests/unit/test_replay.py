@@ -2,7 +2,7 @@ import pytest
 import torch
 from tensordict import NonTensorData, NonTensorStack, TensorDict
 
-from grpo.replay import make_replay_buffer, refill
+from grpo.replay import GroupBuffer, make_replay_buffer, refill
 from grpo.rollout import GroupRecord, pack
 
 from .conftest import completions
@@ -38,7 +38,7 @@ def order(buffer) -> list[int]:
 @pytest.mark.parametrize("groups_per_batch", [1, 2, 4, 8])
 def test_a_pass_yields_every_group_once_and_whole_in_batches_of_the_size(groups_per_batch):
     buffer = make_replay_buffer(8, groups_per_batch)
-    refill(buffer, collection(0, 8), [0, 0])
+    refill(buffer, collection(0, 8))
     assert [len(batch) for batch in buffer] == [groups_per_batch * K] * (8 // groups_per_batch)
     for _ in range(3):  # epochs
         assert sorted(order(buffer)) == list(range(8))
@@ -47,7 +47,7 @@ def test_a_pass_yields_every_group_once_and_whole_in_batches_of_the_size(groups_
 def test_a_batch_is_trimmed_to_its_own_longest_rollout_and_keeps_its_tokens():
     whole = collection(0, 8)
     buffer = make_replay_buffer(8, 2)
-    refill(buffer, whole, [0, 0])
+    refill(buffer, whole)
     for batch in buffer:
         longest = int((batch["prompt_length"] + batch["response_length"]).max())
         assert batch["tokens"].shape == (2 * K, longest)
@@ -56,28 +56,36 @@ def test_a_batch_is_trimmed_to_its_own_longest_rollout_and_keeps_its_tokens():
             assert torch.equal(batch["response_mask"][i * K : i * K + K], whole["response_mask"][group][:, :longest])
 
 
-def passes(seed: int) -> list[list[int]]:
+def test_groups_come_in_the_order_of_the_prompts_in_every_epoch():
     buffer = make_replay_buffer(8, 2)
-    result = []
     for first in (0, 8):
-        refill(buffer, collection(first, 8), [seed, first])
-        result += [order(buffer), order(buffer)]
-    return result
-
-
-def test_the_order_is_shuffled_by_the_seed_alone():
-    torch.manual_seed(1)
-    first = passes(seed=5)
-    torch.manual_seed(2)
-    assert passes(seed=5) == first
-    assert passes(seed=6) != first
-    assert first[0] != list(range(8))
-    assert first[0] != first[1]
+        refill(buffer, collection(first, 8))
+        for _ in range(2):
+            assert order(buffer) == list(range(first, first + 8))
 
 
 def test_a_new_collection_replaces_the_one_before():
     buffer = make_replay_buffer(4, 2)
     for first in (0, 4, 8):
-        refill(buffer, collection(first, 4), [0, first])
+        refill(buffer, collection(first, 4))
         assert len(buffer) == 4
         assert sorted(order(buffer)) == list(range(first, first + 4))
+
+
+def test_the_async_buffer_gives_groups_in_any_order_and_their_room_to_others():
+    buffer = GroupBuffer()
+    buffer.extend(collection(0, 3))
+    buffer.extend(collection(7, 2))
+    assert sorted(buffer.finished()) == [0, 1, 2, 7, 8]
+    batch = buffer.take([1, 8])
+    assert batch["group_id"].tolist() == [1] * K + [8] * K
+    assert batch["reward"].tolist() == [10, 11, 12, 80, 81, 82]
+    assert [record.prompt for record in batch["records"]] == ["prompt 1", "prompt 8"]
+    assert sorted(buffer.finished()) == [0, 2, 7]
+    buffer.extend(collection(20, 3))
+    assert len(buffer) == 6  # the room of two was used again
+    assert buffer.take([0, 20, 22, 21])["group_id"][::K].tolist() == [0, 20, 22, 21]
+    assert buffer.take([2], keep=True)["group_id"].tolist() == [2] * K
+    assert sorted(buffer.finished()) == [2, 7]
+    with pytest.raises(KeyError):
+        buffer.take([0])
