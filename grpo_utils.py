@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from threading import Lock
 
@@ -20,6 +21,8 @@ from ray.actor import ActorHandle
 from transformers import PreTrainedTokenizerBase
 
 from grpo import builtin, tasks
+from grpo.admission import Admission
+from grpo.background import CollectorActor
 from grpo.checkpoint import Checkpoint, CheckpointWriter, newest
 from grpo.collect import Finish, GroupCollector, InferencePolicy, PromptEnv, PromptStream
 from grpo.config import RunConfig
@@ -33,10 +36,12 @@ from grpo.pools import EnginePool, ReferencePool, TrainerPool, WeightPush, named
 from grpo.preemption import REQUEST, Preempted, listen
 from grpo.reference import ReferenceActor
 from grpo.remote import LOOK_S, get, get_all
-from grpo.replay import make_replay_buffer
+from grpo.replay import GroupBuffer, make_replay_buffer
 from grpo.resume import CONFIG, SUMMARY, locked, write_config
 from grpo.rewards import load_reward_function
 from grpo.run import Run
+from grpo.run_async import AsyncRun
+from grpo.run_sync import SyncRun
 from grpo.trainer import TrainerActor, TrainerSpec
 
 
@@ -64,7 +69,6 @@ def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
         limits = config.env.grading_timeout_s, config.env.reward_fn, config.env.reward_timeout_s
         grading = closing.enter_context(GradingPool(tasks.grader(config.env), config.env.grading_processes, *limits))
         check_reward_function(grading, data["train"].problems[:group_size])
-        env = PromptEnv((config.groups_per_collection, group_size), grading, data["train"], stream, tokenizer, clock)
         take_signals = closing.enter_context(listen(config.train.grace_s, config.train.max_wall_time))
         _start_ray(config, plan, closing)
         take_signals()
@@ -76,19 +80,36 @@ def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
             ranks, train.gradient_accumulation_steps, train.max_tokens_per_micro_batch, timeout_s, config.penalised
         )
         push = connect(trainer, engines, plan.transport, config.inference_model.tensor_parallel_size, timeout_s)
-        reference = None
-        if config.num_references:
-            reference = ReferencePool(references, timeout_s, "reference", Lock())
-        elif config.uses_reference:  # the policy without its adapters
-            reference = ReferencePool(ranks, timeout_s, "training", trainer.order)
-        background = ThreadPoolExecutor(1, thread_name_prefix="collect")
-        closing.callback(_end_background, background)
+        if config.mode == "sync":
+            env = PromptEnv((config.groups_per_collection, group_size), grading, data["train"], stream, tokenizer, clock)
+            reference = None
+            if config.num_references:
+                reference = ReferencePool(references, timeout_s, "reference", Lock())
+            elif config.uses_reference:  # the policy without its adapters
+                reference = ReferencePool(ranks, timeout_s, "training", trainer.order)
+            make_run = partial(
+                SyncRun,
+                collector=make_collector(config, env, engines, reference),
+                replay_buffer=make_replay_buffer(config.groups_per_collection, config.groups_per_batch),
+                background=ThreadPoolExecutor(1, thread_name_prefix="collect"),
+            )
+            closing.callback(_end_background, make_run.keywords["background"])
+        else:
+            buffer, collectors = start_collectors(config, model, data["train"], actors, references)
+            make_run = partial(
+                AsyncRun,
+                buffer=buffer,
+                collectors=collectors,
+                stream=stream,
+                sampling=sampling(config),
+                admission=make_admission(config),
+            )
         log = RunLog(run_dir, config, None if resumed is None else resumed.state["log"])
         closing.callback(log.abandon)
         writer = CheckpointWriter(run_dir, train.keep_checkpoints, trainer, resumed)
         closing.callback(writer.close)
         closing.enter_context(rare_garbage_collection())
-        run = Run(
+        run = make_run(
             config=config,
             run_dir=run_dir,
             grading=grading,
@@ -97,9 +118,6 @@ def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
             trainer=trainer,
             engines=engines,
             push=push,
-            collector=make_collector(config, env, engines, reference),
-            replay_buffer=make_replay_buffer(train.buffer_size // group_size, train.optim_batch_size // group_size),
-            background=background,
             clock=clock,
             log=log,
             writer=writer,
@@ -301,13 +319,49 @@ def make_collector(
     config: RunConfig, env: PromptEnv, engines: EnginePool, reference: ReferencePool | None
 ) -> GroupCollector:
     """Everything between a prompt and a scored group."""
-    inference, train = config.inference_model, config.train
-    sampling = Sampling(config.env.repeats, inference.max_tokens, inference.temperature, inference.top_p)
-    kl_in_reward = 0.0 if train.kl_coef_in_loss or reference is None else train.kl_to_ref_coeff
+    train = config.train
     return GroupCollector(
         env,
-        policy=InferencePolicy(engines, env.data, sampling, config.seed, env.clock),
+        policy=InferencePolicy(engines, env.data, sampling(config), config.seed, env.clock),
         dialog_turns_per_batch=train.dialog_turns_per_batch,
         total_dialog_turns=-1,  # the run counts
-        postproc=Finish(env, reference, kl_in_reward),
+        postproc=Finish(env, reference, config.kl_in_reward),
     )
+
+
+def sampling(config: RunConfig) -> Sampling:
+    """How training's responses are drawn."""
+    inference = config.inference_model
+    return Sampling(config.env.repeats, inference.max_tokens, inference.temperature, inference.top_p)
+
+
+def make_admission(config: RunConfig) -> Admission:
+    train = config.train
+    return Admission(
+        config.groups_per_batch,
+        config.num_groups,
+        config.staleness_bound,
+        config.steps_per_push,
+        train.epochs,
+        None if train.buffer_size is None else train.buffer_size // config.env.repeats,
+    )
+
+
+def start_collectors(
+    config: RunConfig, model: str, data: tasks.EncodedProblems, engines: list[ActorHandle], references: list[ActorHandle]
+) -> tuple[ActorHandle, dict[str, ActorHandle]]:
+    """The replay buffer's actor, and a collector beside each engine, by the names that errors use.
+
+    The buffer is started by TorchRL's `as_remote`, not as its RayReplayBuffer, whose calls have no deadline.
+    """
+    resources = {"num_cpus": 0, "num_gpus": 0}
+    buffer = GroupBuffer.as_remote(resources).remote()
+    shared, names = ray.put(data), list(named("inference", engines))
+    start = ray.remote(**resources, max_concurrency=3)(CollectorActor).remote
+    actors = [
+        start(config, model, shared, engine, name, references, buffer) for engine, name in zip(engines, names, strict=True)
+    ]
+    collectors = named("collector", actors)
+    starting = {name: actor.start.remote() for name, actor in collectors.items()}
+    get_all(starting, config.ray.start_timeout_s, "starting", "ray.start_timeout_s")
+    return buffer, collectors

@@ -98,9 +98,10 @@ class Admission:
         self.version = version
 
     @property
-    def unfinished(self) -> list[int]:
-        """Groups that were started and not chosen."""
-        return sorted(self.deadlines) + self.again
+    def state(self) -> dict:
+        """What `restore` takes; groups that were started and not chosen are to be started again."""
+        again = sorted(self.deadlines) + self.again
+        return {"batch": self.batch, "next_id": self.next_id, "again": again, "version": self.version}
 
     def restore(self, batch: int, next_id: int, again: list[int], version: int) -> None:
         """Go on after `batch` batches; the groups `again` were started and are lost."""

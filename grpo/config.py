@@ -17,7 +17,10 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from grpo.admission import least_staleness
 from grpo.errors import ConfigError, one_line
+
+DEFAULT_STALENESS = 4  # of async mode: enough for engines that are as fast as the trainer to stay busy
 
 # Keys of older documents, and what they are called here.
 RENAMED = {
@@ -162,7 +165,8 @@ class TrainModelConfig:
 class RefModelConfig:
     """The frozen reference."""
 
-    # Processes that share the batch. 0: the training ranks score it with their adapters off. null: 0 with LoRA, else 1.
+    # Processes that share the batch. 0: the training ranks score it with their adapters off. null: 0 with LoRA in sync mode,
+    # else 1.
     num_devices: int | None = None
 
     def __post_init__(self) -> None:
@@ -237,13 +241,20 @@ class TrainConfig:
 
     total_dialog_turns: int = 100_000  # responses in the run
     dialog_turns_per_batch: int = 512  # responses a collection
-    buffer_size: int | None = None  # responses the replay buffer holds; sync: one collection
+    buffer_size: int | None = (
+        None  # responses the replay buffer holds; sync: one collection; async: null, what fits the bound
+    )
     epochs: int = 1  # times a response is trained on, at most
     optim_batch_size: int = 512  # responses an optimiser step
     gradient_accumulation_steps: int = 1  # micro-batches a step and rank, at least
     max_tokens_per_micro_batch: int | None = None  # rows x longest row; more micro-batches are made where it takes them
     mixed_precision: str = "none"  # of the passes: none (float32), bf16, fp16; weights and optimiser stay float32
-    sync_iter: bool = True  # false: collect the next batch while optimising (staleness at most 1)
+    sync_iter: bool = True  # sync; false: collect the next batch while optimising (staleness at most 1)
+    max_staleness: int | None = None  # policy versions between sampling and training, at most; async: null is 4
+    weight_update_frequency: int | None = (
+        None  # async: optimiser steps a push; null: those of dialog_turns_per_batch responses
+    )
+    drain_before_push: bool = False  # async: responses that run end under the weights that they began with
     use_kl_to_ref: bool = True  # false: no reference model at all
     kl_to_ref_coeff: float = 0.01
     kl_to_inference_coeff: float = 0.0
@@ -282,6 +293,10 @@ class TrainConfig:
             "needs train.eval_frequency above 0: it counts evaluations",
         )
         _one_of("train.weight_transport", self.weight_transport, ("auto", "shared_memory", "gloo", "nccl"))
+        if self.max_staleness is not None:
+            _at_least("train", self, 0, "max_staleness")
+        if self.weight_update_frequency is not None:
+            _at_least("train", self, 1, "weight_update_frequency")
 
 
 @dataclass
@@ -382,15 +397,7 @@ class RunConfig:
             f"must be a multiple of train.gradient_accumulation_steps ({train.gradient_accumulation_steps}) x "
             f"train_model.num_devices ({self.train_model.num_devices})",
         )
-        if train.buffer_size is None:
-            train.buffer_size = train.dialog_turns_per_batch
-        _check(
-            train.buffer_size == train.dialog_turns_per_batch,
-            "train.buffer_size",
-            train.buffer_size,
-            f"must equal train.dialog_turns_per_batch ({train.dialog_turns_per_batch}) in sync mode, "
-            "where the buffer holds one collection",
-        )
+        self._check_sync() if self.mode == "sync" else self._check_async()
         budget, longest = train.max_tokens_per_micro_batch, self.env.max_prompt_length + self.inference_model.max_tokens
         _check(
             budget is None or budget >= longest,
@@ -412,6 +419,63 @@ class RunConfig:
             "needs inference_model.backend=transformers: vLLM does not run there",
         )
 
+    def _check_sync(self) -> None:
+        train = self.train
+        if train.buffer_size is None:
+            train.buffer_size = train.dialog_turns_per_batch
+        _check(
+            train.buffer_size == train.dialog_turns_per_batch,
+            "train.buffer_size",
+            train.buffer_size,
+            f"must equal train.dialog_turns_per_batch ({train.dialog_turns_per_batch}) in sync mode, "
+            "where the buffer holds one collection",
+        )
+        _check(
+            train.weight_update_frequency in (None, self.steps_per_collection),
+            "train.weight_update_frequency",
+            train.weight_update_frequency,
+            f"must be {self.steps_per_collection} in sync mode, which pushes once a collection: use grpo_async.py, or "
+            "another train.dialog_turns_per_batch",
+        )
+        _check(
+            train.max_staleness is None or train.max_staleness >= self.staleness_bound,
+            "train.max_staleness",
+            train.max_staleness,
+            f"must be at least {self.staleness_bound} in sync mode with train.sync_iter={str(train.sync_iter).lower()}",
+        )
+        _check(
+            not train.drain_before_push,
+            "train.drain_before_push",
+            train.drain_before_push,
+            "must be false in sync mode, where nothing runs during a push",
+        )
+
+    def _check_async(self) -> None:
+        train = self.train
+        least = least_staleness(train.epochs, self.steps_per_push)
+        _check(
+            self.staleness_bound >= least,
+            "train.max_staleness",
+            self.staleness_bound,
+            f"must be at least {least} with train.epochs={train.epochs} and a push every {self.steps_per_push} steps: so "
+            "many versions pass while one batch is trained on",
+        )
+        _check(
+            train.buffer_size is None or train.buffer_size >= train.optim_batch_size,
+            "train.buffer_size",
+            train.buffer_size,
+            f"must be at least train.optim_batch_size ({train.optim_batch_size})",
+        )
+        _check(
+            train.sync_iter, "train.sync_iter", train.sync_iter, "is of sync mode: collection always goes on beside async"
+        )
+        _check(
+            self.ref_model.num_devices != 0 or not self.uses_reference,
+            "ref_model.num_devices",
+            self.ref_model.num_devices,
+            "must be at least 1 in async mode: the training ranks are busy while collectors score",
+        )
+
     @property
     def uses_reference(self) -> bool:
         """Whether anything reads the reference's log-probs: only then are they computed."""
@@ -422,8 +486,13 @@ class RunConfig:
         """Processes that hold a reference: 0 where none is used, and where the training ranks score it themselves."""
         if not self.uses_reference:
             return 0
-        default = 0 if self.train_model.lora.enabled else 1
+        default = 0 if self.train_model.lora.enabled and self.mode == "sync" else 1
         return default if self.ref_model.num_devices is None else self.ref_model.num_devices
+
+    @property
+    def kl_in_reward(self) -> float:
+        """Weight of the divergence from the reference that is taken off the reward."""
+        return self.train.kl_to_ref_coeff if self.uses_reference and not self.train.kl_coef_in_loss else 0.0
 
     @property
     def penalised(self) -> bool:
@@ -447,7 +516,7 @@ class RunConfig:
 
     @property
     def steps_per_collection(self) -> int:
-        """Optimiser steps between two pushes."""
+        """Optimiser steps on one collection."""
         return self.train.epochs * self.batches_per_collection
 
     @property
@@ -456,9 +525,25 @@ class RunConfig:
         return self.num_collections * self.steps_per_collection
 
     @property
-    def max_staleness(self) -> int:
+    def steps_per_push(self) -> int:
+        """Optimiser steps between two pushes."""
+        return self.train.weight_update_frequency or self.steps_per_collection
+
+    @property
+    def groups_per_batch(self) -> int:
+        return self.train.optim_batch_size // self.env.repeats
+
+    @property
+    def num_groups(self) -> int:
+        """Groups that the run trains on."""
+        return self.train.total_dialog_turns // self.env.repeats
+
+    @property
+    def staleness_bound(self) -> int:
         """Policy versions between sampling a rollout and training on it, at most."""
-        return 0 if self.train.sync_iter else 1
+        if self.mode == "sync":
+            return 0 if self.train.sync_iter else 1
+        return DEFAULT_STALENESS if self.train.max_staleness is None else self.train.max_staleness
 
 
 ConfigStore.instance().store(name="run", node=RunConfig)

@@ -78,6 +78,8 @@ def launch(mode: str, default_config: str, main: Callable[[RunConfig, Path], Non
     """
     starting = ExitStack()
     starting.enter_context(deferred_interrupt())
+    if not any(argument.startswith("mode=") for argument in sys.argv[1:]):
+        sys.argv.append(f"mode={mode}")
     arguments = get_args_parser().parse_args()
     information = arguments.help or arguments.hydra_help or arguments.info or arguments.cfg
     resumed = None

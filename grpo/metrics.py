@@ -64,6 +64,9 @@ METRICS = {
     "train/grad_scale": "factor that keeps gradients in float16's range (mixed_precision=fp16)",
     "buffer/staleness_max": "policy versions between sampling and training, the largest",
     "buffer/staleness_mean": "the same, mean over rollouts",
+    "buffer/staleness_steps_max": "optimiser steps between the weights that sampled and those that are trained, the largest",
+    "buffer/size": "async: finished groups that wait in the buffer when a batch was taken",
+    "buffer/in_flight": "async: groups that were started and not finished then",
     "sync/probe_difference": "mean |trainer - engine| log-prob of a probe text after a push, the largest engine's, nats",
     "eval/accuracy": "greedy accuracy on the validation split",
     "time/generate_s": "sampling responses",
@@ -101,8 +104,13 @@ class Clock:
         return {f"time/{name}_s": seconds for name, seconds in taken.items()}
 
 
-def rollout_metrics(batch: TensorDict, trainer_version: int) -> dict[str, float]:
-    """What a batch of rollouts [B] (with its `records`) looked like when it was trained on."""
+def rollout_metrics(
+    batch: TensorDict, trainer_version: int, steps_since_push: int = 0, steps_per_push: int = 1
+) -> dict[str, float]:
+    """What a batch of rollouts [B] (with its `records`) looked like when it was trained on.
+
+    The trainer was `steps_since_push` optimiser steps behind its push `trainer_version`.
+    """
     graded, advantage = batch["graded"], batch["advantage"]
     reward = batch["reward"][graded] if graded.sum() > 1 else torch.zeros(2)
     length = batch["response_length"].float()
@@ -135,6 +143,7 @@ def rollout_metrics(batch: TensorDict, trainer_version: int) -> dict[str, float]
         "rollout/equal_groups": sum(equal) / len(equal),
         "buffer/staleness_max": staleness.max(),
         "buffer/staleness_mean": staleness.mean(),
+        "buffer/staleness_steps_max": staleness.max() * steps_per_push + steps_since_push,
     }
     if "kl_penalty" in batch:
         metrics["rollout/kl_penalty_mean"] = batch["kl_penalty"].mean()

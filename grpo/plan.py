@@ -60,7 +60,7 @@ class Plan:
             + f", or more of at most {budget} tokens"
             * (budget is not None),
             f"samples           {config.train.total_dialog_turns} responses, each trained on {config.train.epochs} times",
-            f"staleness         at most {config.max_staleness} policy versions",
+            f"staleness         at most {config.staleness_bound} policy versions",
         ]
         return "\n".join(lines)
 
@@ -153,7 +153,10 @@ def make_plan(config: RunConfig) -> Plan:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     busy = {role: count * (tensor_parallel if role == "inference" else 1) for role, count in roles.items()}
     # In turns each role has the cores for itself; otherwise engines sample while trainers optimise.
-    threads = {role: max(1, cores // (n if config.train.sync_iter else sum(busy.values()))) for role, n in busy.items()}
+    threads = {
+        role: max(1, cores // (n if config.mode == "sync" and config.train.sync_iter else sum(busy.values())))
+        for role, n in busy.items()
+    }
     transport = config.train.weight_transport
     if transport == "auto":
         transport = "nccl" if sharing == 1 and config.inference_model.backend == "vllm" else "shared_memory"

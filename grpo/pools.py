@@ -31,6 +31,32 @@ class EnginePool:
 
     def __init__(self, actors: list[ActorHandle], timeout_s: float) -> None:
         self.actors, self.timeout_s = actors, timeout_s
+        self.running: dict[int, int] = {}  # which engine responds to a prompt that was submitted, by its id
+
+    def submit(self, ids: list[int], prompts: list[list[int]], sampling: Sampling, seed: int) -> None:
+        """Have the engines respond to `prompts`, each at the engine that has least to do; collectors take the responses."""
+        load = [0] * len(self.actors)
+        for engine in self.running.values():
+            load[engine] += 1
+        shares: list[list[Request]] = [[] for _ in self.actors]
+        for i, prompt in zip(ids, prompts, strict=True):
+            engine = load.index(min(load))
+            load[engine] += 1
+            self.running[i] = engine
+            shares[engine].append(Request(i, prompt, sampling))
+        calls = [
+            actor.submit.remote(share, seed + i) for i, (actor, share) in enumerate(zip(self.actors, shares, strict=True))
+        ]
+        get_all(named("inference", calls), self.timeout_s, f"taking {len(ids)} prompts")
+
+    def finished(self, ids: set[int]) -> None:
+        """These prompts have their responses."""
+        for i in ids:
+            del self.running[i]
+
+    def drain(self) -> dict[str, ObjectRef]:
+        """Have every engine end what runs."""
+        return named("inference", [actor.drain.remote() for actor in self.actors])
 
     def generate(self, prompts: list[list[int]], sampling: Sampling, seed: int | None) -> Completions:
         """Responses to `prompts`, in their order, K together; the same seed and weights give the same responses.

@@ -1,39 +1,31 @@
-"""A run in progress: what the loops call. Collections in; optimiser steps, weight pushes and evaluations out.
+"""A run in progress, whatever its mode: optimiser steps, weight pushes, evaluations and checkpoints.
 
-The parts are handed in (by `grpo_utils.build`); nothing is started here. With train.sync_iter=false one background thread
-waits for the next collection while the driver waits for the trainer:
-
-    driver       step ... step │ wait │ push │ step ... step │ wait │ push
-    background   collection n + 1 ────┘      collection n + 2 ────┘
+The parts are handed in (by `grpo_utils.build`); nothing is started here. Where batches come from is the mode's:
+grpo/run_sync.py, grpo/run_async.py.
 """
 
 import json
 import os
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
-from itertools import chain, islice
 from pathlib import Path
 
 from tensordict import TensorDict
-from torchrl.data import ReplayBuffer
 from transformers import PreTrainedTokenizerBase
 
 from grpo.checkpoint import Checkpoint, CheckpointWriter
-from grpo.collect import GroupCollector
 from grpo.config import RunConfig
-from grpo.errors import ActorError, RewardError, TrainingError
+from grpo.errors import RewardError, TrainingError
 from grpo.evaluate import accuracy
 from grpo.grading import GradingPool
 from grpo.metrics import Clock, RunLog, rollout_metrics
 from grpo.plot import plot_run
 from grpo.pools import EnginePool, TrainerPool, WeightPush
-from grpo.preemption import REQUEST, saved_in_time
-from grpo.replay import refill
+from grpo.preemption import saved_in_time
 from grpo.resume import SUMMARY, write_whole
+from grpo.rewards import Grade
 from grpo.tasks import EncodedProblems
 
 PROBE_TOKENS = 512  # of a probe text, at most
@@ -44,10 +36,11 @@ class Progress:
     """How far a run is: its state but for tensors and files."""
 
     num_steps: int = 0
-    steps_of_collection: int = 0  # of them, on the collection that is being trained on
+    steps_since_push: int = 0
     samples_trained: int = 0
     policy_version: int = 0
-    position: int = 0  # prompts whose collections were handed out
+    position: int = 0  # sync: prompts whose collections were handed out
+    admission: dict = field(default_factory=dict)  # async: `Admission.state`
     evaluated: bool = True  # whether the evaluation that was due after the last push was made
     skipped_in_a_row: int = 0  # steps that were not finite
     before: dict[str, float] | None = None  # held-out accuracy before training
@@ -59,7 +52,7 @@ class Progress:
 
 
 @dataclass
-class Run:
+class Run(ABC):
     """The parts of a run, and how far it is."""
 
     config: RunConfig
@@ -70,17 +63,13 @@ class Run:
     trainer: TrainerPool
     engines: EnginePool
     push: WeightPush
-    collector: GroupCollector
-    replay_buffer: ReplayBuffer
-    background: ThreadPoolExecutor
     clock: Clock
     log: RunLog
     writer: CheckpointWriter
     resumed: Checkpoint | None
     progress: Progress = field(default_factory=Progress)
-    rollouts: TensorDict | None = None  # the collection that is being trained on
+    first_use: bool = True  # whether the batch in hand has not been trained on before
     probe: list[int] = field(default_factory=list)  # tokens of a response that was trained on
-    ahead: Future | None = None
     started_s: float | None = None  # `_training_clock` when the loop began,
     stepped_s: float = 0.0  # and at the last step
     saved: tuple | None = None  # what the last checkpoint that was started has of (num_steps, evaluated)
@@ -88,44 +77,27 @@ class Run:
     def begin(self) -> None:
         """Take up the checkpoint that the run goes on from, if there is one, and evaluate the untrained model once."""
         if self.resumed is not None:
+            state = self.resumed.state
+            self.trainer.load(self.resumed.trainer, state["trainer"])
+            self.progress = Progress(**state["progress"])
+            self.clock.total |= self.progress.phases_s
             self._restore(self.resumed)
+            self.saved = self._where
         if self.progress.before is None:
             self.progress.before = self.evaluate("test")
         self._start_clock()
         if not self.progress.evaluated:
             self._evaluate()
 
+    @abstractmethod
     def _restore(self, checkpoint: Checkpoint) -> None:
-        state = checkpoint.state
-        self.trainer.load(checkpoint.trainer, state["trainer"])
-        self.progress = Progress(**state["progress"])
-        self.clock.total |= self.progress.phases_s
-        self.collector.env.stream.position = self.progress.position
-        self.rollouts = checkpoint.collection("collection")
-        ahead = checkpoint.collection("ahead")
-        if ahead is not None:
-            self.ahead = Future()
-            self.ahead.set_result(ahead)
-            self.collector.env.stream.position += len(ahead)
-        if self.progress.policy_version > 0 and self.rollouts is None:
-            self.push(self.progress.policy_version)
-        self.saved = self._where
+        """Take up what of `checkpoint` is the mode's; the engines are to have the weights that they had."""
 
-    def collections(self) -> Iterator[TensorDict]:
-        """The run's collections. With train.sync_iter=false the next one is sampled while one is trained on."""
-        if self.rollouts is not None:  # a resumed run's, of which some steps are done
-            yield self.rollouts
-        while self._wants_more:
-            REQUEST.check()
-            self.rollouts = self._next_collection()
-            self._check_grading(self.rollouts)
-            self.progress.position += len(self.rollouts)
-            if self._wants_more and not self.config.train.sync_iter:
-                self.ahead = self.background.submit(self._collect)
-            yield self.rollouts
+    @abstractmethod
+    def _state(self) -> dict[str, TensorDict]:
+        """Bring `progress` up to date for a checkpoint; returns the collections that belong to it."""
 
-    def _check_grading(self, rollouts: TensorDict) -> None:
-        grades = [grade for i in range(len(rollouts)) for grade in rollouts[i]["record"].grades]
+    def _check_grading(self, grades: list[Grade]) -> None:
         notes = Counter(grade.note for grade in grades if grade.outcome == "grader_error")
         if notes.total() > self.config.train.max_grader_error_rate * len(grades):
             note, count = notes.most_common(1)[0]
@@ -135,65 +107,30 @@ class Run:
             )
 
     @property
-    def _wants_more(self) -> bool:
+    def _at_plateau(self) -> bool:
         plateau = self.config.train.stop_when
-        if plateau is not None and self.progress.evaluations_since_best >= plateau:
-            return False
-        return self.progress.position < self.config.num_collections * self.config.groups_per_collection
-
-    def _collect(self) -> TensorDict:
-        return next(self._collections)
-
-    @cached_property
-    def _collections(self) -> Iterator[TensorDict]:
-        return iter(self.collector)
-
-    def _next_collection(self) -> TensorDict:
-        if self.ahead is None:
-            return self._collect()
-        rollouts, self.ahead = self._wait_for_collection(), None
-        return rollouts
-
-    def batches(self, rollouts: TensorDict) -> Iterator[TensorDict]:
-        """train.epochs passes over `rollouts` [G] in optimiser batches [B]; a resumed run leaves out what it has done."""
-        refill(self.replay_buffer, rollouts)
-        batches = chain.from_iterable(self.replay_buffer for _ in range(self.config.train.epochs))
-        yield from islice(batches, self.progress.steps_of_collection, None)
-
-    def _wait_for_collection(self) -> TensorDict:
-        with self.clock.phase("wait"):
-            try:
-                return self.ahead.result(self.config.ray.timeout_s)
-            except TimeoutError:
-                raise ActorError(
-                    f"the collection behind step {self.progress.num_steps} did not end within "
-                    f"{self.config.ray.timeout_s:g} s: if neither engine nor reward function hangs, raise ray.timeout_s"
-                ) from None
+        return plateau is not None and self.progress.evaluations_since_best >= plateau
 
     def step(self, batch: TensorDict) -> None:
         """One optimiser step on `batch` [B], logged."""
         now = self.progress
-        first_epoch = now.steps_of_collection < self.config.batches_per_collection
-        with_log_probs = first_epoch and self.config.logging.rollout_tokens
+        with_log_probs = self.first_use and self.config.logging.rollout_tokens
         with self.clock.phase("train"):
             metrics, log_probs = self.trainer.step(batch.exclude("records"), now.num_steps + 1, with_log_probs)
         now.num_steps += 1
-        now.steps_of_collection += 1
+        now.steps_since_push += 1
         length = int(batch["prompt_length"][0] + batch["response_length"][0])
         self.probe = batch["tokens"][0, : min(length - 1, PROBE_TOKENS)].tolist()  # vLLM wants room for one more
         now.samples_trained += len(batch)
-        metrics |= rollout_metrics(batch, now.policy_version) | self.clock.take()
+        steps = now.policy_version, now.steps_since_push - 1, self.config.steps_per_push
+        metrics |= rollout_metrics(batch, *steps) | self.clock.take()
         last, self.stepped_s = self.stepped_s, self._training_clock()
         metrics["time/samples_per_s"] = len(batch) / (self.stepped_s - last)
-        if first_epoch:
+        if self.first_use:
             self.log.rollouts(now.num_steps, batch, log_probs)
         self.log.step(now.num_steps, now.policy_version, metrics)
         self._count_skipped(metrics)
         self.writer.poll()
-        if now.steps_of_collection < self.config.steps_per_collection:  # after the last one comes the push
-            if self.config.train.sync_iter:  # else the collection beside it would have to be waited for
-                self._save_if_due(now.num_steps - 1)
-            REQUEST.check()
 
     def _count_skipped(self, metrics: dict[str, float]) -> None:
         self.progress.skipped_in_a_row = self.progress.skipped_in_a_row + 1 if metrics.get("train/not_finite") else 0
@@ -205,25 +142,19 @@ class Run:
             )
 
     def push_weights(self) -> None:
-        """Give the engines the trainer's weights as the next policy version; evaluate and save where it is time to."""
+        """Give the engines the trainer's weights as the next policy version, and evaluate where it is time to."""
         now = self.progress
-        if self.ahead is not None:
-            self._wait_for_collection()  # a collection is sampled under one version
         with self.clock.phase("push"):
             now.policy_version += 1
             self.push(now.policy_version)
-        taken, now.steps_of_collection, self.rollouts = now.steps_of_collection, 0, None
+        taken, now.steps_since_push = now.steps_since_push, 0
         metrics = self.clock.take()
         if self.config.train.probe_frequency and now.policy_version % self.config.train.probe_frequency == 0:
             metrics["sync/probe_difference"] = self.push.probe(now.policy_version, self.probe)
         self.log.add(metrics)
-        before = now.num_steps - taken
-        now.evaluated = not _is_due(self.config.train.eval_frequency, before, now.num_steps)
+        now.evaluated = not _is_due(self.config.train.eval_frequency, now.num_steps - taken, now.num_steps)
         if not now.evaluated:
             self._evaluate()
-        # What was due at an earlier step of the collection was saved there, but for a collection beside training.
-        self._save_if_due(now.num_steps - 1 if self.config.train.sync_iter else before)
-        REQUEST.check()
 
     def _evaluate(self) -> None:
         """On the validation split; the best so far is kept as a checkpoint."""
@@ -248,11 +179,7 @@ class Run:
         if self.saved == self._where:
             return
         with self.clock.phase("checkpoint"):
-            collections = {}
-            if self.progress.steps_of_collection:
-                collections["collection"] = self.rollouts
-            if self.ahead is not None:  # it was sampled under weights that are gone by then
-                collections["ahead"] = self._wait_for_collection()
+            collections = self._state()
             times = {"training_s": self._training_s, "phases_s": dict(self.clock.total)}
             state = {
                 "progress": asdict(self.progress) | times,
@@ -274,7 +201,12 @@ class Run:
         """Greedy accuracy of the engines' weights on a held-out split: {"accuracy", "n"}."""
         with self.clock.phase("eval"):
             max_tokens = self.config.inference_model.max_tokens
-            return accuracy(self.engines, self.grading, self.data[split], self.tokenizer, max_tokens)
+            return accuracy(self.engines, self.grading, self.data[split], self.tokenizer, max_tokens, self._eval_seed)
+
+    @property
+    @abstractmethod
+    def _eval_seed(self) -> int | None:
+        """What the engines are seeded with before an evaluation; None where they are not idle."""
 
     def _training_clock(self) -> float:
         """Seconds that stand still during evaluations."""

@@ -84,9 +84,11 @@ def test_a_dropped_group_is_replaced_by_the_next_prompt():
 def test_a_resumed_run_starts_the_lost_groups_first():
     admission = Admission(groups_per_batch=2, num_groups=10, max_staleness=1)
     admission.restore(batch=2, next_id=7, again=[3, 5, 6], version=2)
-    assert admission.unfinished == [3, 5, 6]
     assert admission.start() == [3, 5, 6, 7]
     assert admission.deadline == 3
+    assert admission.state == {"batch": 2, "next_id": 8, "again": [3, 5, 6, 7], "version": 2}
+    assert admission.choose([5, 7]) == [5, 7]
+    assert admission.state == {"batch": 3, "next_id": 8, "again": [3, 6], "version": 2}
 
 
 @pytest.mark.parametrize("seed", range(300))

@@ -297,8 +297,8 @@ def test_collections_and_steps_are_counted():
 
 
 def test_staleness_is_one_only_where_collecting_runs_beside_training():
-    assert sizes().max_staleness == 0
-    assert sizes(sync_iter=False).max_staleness == 1
+    assert sizes().staleness_bound == 0
+    assert sizes(sync_iter=False).staleness_bound == 1
 
 
 @pytest.mark.parametrize(

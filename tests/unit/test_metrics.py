@@ -45,7 +45,7 @@ def batch() -> TensorDict:
 
 
 def test_rollout_metrics_give_hand_worked_values():
-    assert rollout_metrics(batch(), trainer_version=5) == pytest.approx(
+    assert rollout_metrics(batch(), trainer_version=5, steps_since_push=2, steps_per_push=4) == pytest.approx(
         {
             "rollout/reward_mean": 0.5,
             "rollout/reward_std": math.sqrt((1 + 0 + 0.25 + 0.25) / 3),
@@ -69,6 +69,7 @@ def test_rollout_metrics_give_hand_worked_values():
             "rollout/equal_groups": 0.5,
             "buffer/staleness_max": 3,
             "buffer/staleness_mean": (2 + 1 + 3 + 1) / 4,
+            "buffer/staleness_steps_max": 3 * 4 + 2,
         }
     )
 

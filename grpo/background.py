@@ -1,0 +1,106 @@
+"""Background collection: a Ray actor an engine that grades what it has finished and writes whole groups to the buffer.
+
+    driver ──prompts──> engine ──finished──> collector ──groups──> buffer ──batches──> driver
+                          ^                  threads: grade, score, advantages           │
+                          └──────────────────────── weight pushes ───────────────────────┘
+
+Prompts come from the driver straight to the engine, so a collector that waits for a grader keeps no engine waiting; and
+each of its threads has a grading process of its own, so a group that is graded at length keeps the other groups no longer
+than it must. What they do with a group is the synchronous mode's: grpo/collect.py.
+"""
+
+import os
+import threading
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from threading import Lock
+
+import torch
+from ray.actor import ActorHandle
+from tensordict import TensorDict
+
+from grpo import tasks
+from grpo.collect import Finish, PromptEnv, PromptStream, graded_turn
+from grpo.config import RunConfig
+from grpo.grading import GradingPool
+from grpo.metrics import Clock
+from grpo.models import load_tokenizer
+from grpo.pools import ReferencePool
+from grpo.remote import get
+from grpo.rollout import Completions, pack
+from grpo.tasks import EncodedProblems
+
+LOOK_S = 1.0  # between two looks at whether the run has ended
+
+
+class BackgroundEnv(PromptEnv):
+    """Grades any number of groups at a time."""
+
+    batch_locked = False
+
+
+class CollectorActor:
+    """A Ray actor beside one engine, called `engine_name` in errors."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: str,
+        data: EncodedProblems,
+        engine: ActorHandle,
+        engine_name: str,
+        references: list[ActorHandle],
+        buffer: ActorHandle,
+    ) -> None:
+        self.config, self.model, self.data = config, model, data
+        self.engine, self.engine_name, self.references, self.buffer = engine, engine_name, references, buffer
+        self.ended = threading.Event()
+
+    def start(self) -> int:
+        """Start the grading processes; returns the process id."""
+        torch.set_num_threads(1)
+        config, env = self.config, self.config.env
+        self.stream = PromptStream(len(self.data.problems), config.seed)
+        tokenizer = load_tokenizer(self.model)
+        reference = None
+        if self.references:
+            reference = ReferencePool(self.references, config.ray.timeout_s, "reference", Lock())
+        limits = env.grading_timeout_s, env.reward_fn, env.reward_timeout_s
+        self.closing, self.lanes = ExitStack(), []
+        for _ in range(env.grading_processes):
+            grading = self.closing.enter_context(GradingPool(tasks.grader(env), 1, *limits))
+            lane = BackgroundEnv((), grading, self.data, self.stream, tokenizer, Clock())
+            self.lanes.append((lane, Finish(lane, reference, config.kl_in_reward)))
+        return os.getpid()
+
+    def run(self) -> None:
+        """Collect until `end`; raises the first error of any thread."""
+        with self.closing, ThreadPoolExecutor(len(self.lanes)) as pool:
+            threads = [pool.submit(self._collect, *lane) for lane in self.lanes]
+            done, _ = wait(threads, return_when=FIRST_EXCEPTION)
+            self.ended.set()
+            for thread in done:
+                thread.result()
+
+    def end(self) -> None:
+        self.ended.set()
+
+    def phases(self) -> dict[str, float]:
+        """Seconds spent grading and waiting for the reference so far, over all threads."""
+        return {name: sum(env.clock.total[name] for env, _ in self.lanes) for name in ("reward", "reference")}
+
+    def _collect(self, env: PromptEnv, finish: Finish) -> None:
+        timeout_s = self.config.ray.timeout_s
+        while not self.ended.is_set():
+            completions = get(self.engine.take.remote(LOOK_S), timeout_s, self.engine_name, "sampling")
+            if completions is not None:
+                groups = finish(graded_turn(env, self._rollouts(completions.in_request_order())))
+                get(self.buffer.extend.remote(groups), timeout_s, "the replay buffer actor", f"taking {len(groups)} groups")
+
+    def _rollouts(self, completions: Completions) -> TensorDict:
+        """Whole groups [G, K]; an engine's request ids are group ids."""
+        shape = -1, self.config.env.repeats
+        problems = [self.stream.at(i) for i in completions.request_id.tolist()]
+        rollouts = pack([self.data.prompts[i] for i in problems], completions)
+        rollouts["problem"], rollouts["group_id"] = torch.tensor(problems), torch.tensor(completions.request_id)
+        return rollouts.reshape(*shape)

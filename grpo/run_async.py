@@ -1,0 +1,128 @@
+"""An asynchronous run: engines and collectors go on by themselves, and the driver trains on what has finished.
+
+    driver   admit ─ take batch ─ step ─ admit ─ take batch ─ step ─ push ─ ...
+    engines  ════ prompts in, groups out, weights change in between ════════════
+    collectors      grade, score ──> replay buffer
+
+What may be started and what is trained on next is decided in one place, grpo/admission.py.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import ray
+from ray import ObjectRef
+from ray.actor import ActorHandle
+from tensordict import TensorDict
+
+from grpo.admission import Admission
+from grpo.checkpoint import Checkpoint
+from grpo.collect import PromptStream, sampling_seed
+from grpo.errors import ActorError
+from grpo.inference import Sampling
+from grpo.preemption import REQUEST
+from grpo.remote import get, get_all
+from grpo.run import Run
+
+POLL_S = 0.01  # between two looks into the buffer
+BUFFER = "the replay buffer actor"
+
+
+@dataclass(kw_only=True)
+class AsyncRun(Run):
+    buffer: ActorHandle
+    collectors: dict[str, ActorHandle]  # by the names that errors use
+    stream: PromptStream
+    sampling: Sampling
+    admission: Admission
+    collecting: dict[str, ObjectRef] = field(default_factory=dict)  # the collectors' calls that end with the run
+    finished: set[int] = field(default_factory=set)  # groups that were in the buffer at the last look
+
+    def batches(self) -> Iterator[TensorDict]:
+        """Optimiser batches [B] of finished groups, none of them older than train.max_staleness when it is trained on."""
+        self.collecting = {name: actor.run.remote() for name, actor in self.collectors.items()}
+        while not self.admission.is_over and not self._at_plateau:
+            self._feed()
+            batch = self._next_batch()
+            for epoch in range(self.config.train.epochs):
+                self.first_use = epoch == 0
+                yield batch
+            self._save_if_due(self.progress.num_steps - self.config.train.epochs)
+            REQUEST.check()
+
+    def _feed(self) -> None:
+        """Have the engines start what may be started now."""
+        ids = self.admission.start()
+        if ids:
+            prompts = [self.data["train"].prompts[self.stream.at(i)] for i in ids]
+            self.engines.submit(ids, prompts, self.sampling, sampling_seed(self.config.seed, ids[0]))
+
+    def _next_batch(self) -> TensorDict:
+        with self.clock.phase("wait"):
+            timeout_s = self.config.ray.timeout_s
+            deadline = time.monotonic() + timeout_s
+            while (chosen := self._choose()) is None:
+                REQUEST.check()
+                self._check_collectors()
+                if time.monotonic() > deadline:
+                    raise ActorError(
+                        f"no batch could be made within {timeout_s:g} s behind step {self.progress.num_steps}: "
+                        f"{len(self.finished)} groups are finished and {len(self.admission.deadlines) - len(self.finished)} "
+                        "are being sampled or graded; if neither engine nor reward function hangs, raise ray.timeout_s"
+                    )
+                time.sleep(POLL_S)
+            batch = get(self.buffer.take.remote(chosen), timeout_s, BUFFER, "giving a batch")
+        self.log.add({"buffer/size": len(self.finished) - len(chosen), "buffer/in_flight": self._in_flight})
+        self._check_grading([grade for record in batch["records"] for grade in record.grades])
+        return batch
+
+    def _choose(self) -> list[int] | None:
+        finished = get(self.buffer.finished.remote(), self.config.ray.timeout_s, BUFFER, "telling what is finished")
+        self.engines.finished(set(finished) - self.finished)
+        self.finished = set(finished)
+        return self.admission.choose(finished)
+
+    @property
+    def _in_flight(self) -> int:
+        return len(self.admission.deadlines.keys() - self.finished)
+
+    def _check_collectors(self) -> None:
+        """Raise what a collector ended with."""
+        done, _ = ray.wait(list(self.collecting.values()), timeout=0)
+        if done:
+            get_all({name: call for name, call in self.collecting.items() if call in done}, 1.0, "collecting")
+
+    @property
+    def push_is_due(self) -> bool:
+        return self.progress.steps_since_push >= self.config.steps_per_push
+
+    def push_weights(self) -> None:
+        """Give the engines the trainer's weights as the next policy version, and evaluate where it is time to.
+
+        What runs goes on under the new weights, or ends before with train.drain_before_push.
+        """
+        if self.config.train.drain_before_push:
+            with self.clock.phase("wait"):
+                get_all(self.engines.drain(), self.config.ray.timeout_s, "ending what runs before a push")
+        super().push_weights()
+        self.admission.pushed(self.progress.policy_version)
+
+    def finish(self) -> None:
+        if self.progress.steps_since_push:
+            self.push_weights()
+        get_all({name: actor.end.remote() for name, actor in self.collectors.items()}, self.config.ray.timeout_s, "ending")
+        super().finish()
+
+    def _state(self) -> dict[str, TensorDict]:
+        self.progress.admission = self.admission.state
+        return {}
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        self.admission.restore(**self.progress.admission)
+        if self.progress.policy_version > 0:
+            self.push(self.progress.policy_version)
+
+    @property
+    def _eval_seed(self) -> None:
+        return None

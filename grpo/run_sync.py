@@ -1,0 +1,122 @@
+"""A synchronous run: collections in, one after the other, and the batches that they hold.
+
+With train.sync_iter=false one background thread waits for the next collection while the driver waits for the trainer:
+
+    driver       step ... step │ wait │ push │ step ... step │ wait │ push
+    background   collection n + 1 ────┘      collection n + 2 ────┘
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, islice
+
+from tensordict import TensorDict
+from torchrl.data import ReplayBuffer
+
+from grpo.checkpoint import Checkpoint
+from grpo.collect import GroupCollector
+from grpo.errors import ActorError
+from grpo.preemption import REQUEST
+from grpo.replay import refill
+from grpo.run import Run
+
+
+@dataclass(kw_only=True)
+class SyncRun(Run):
+    collector: GroupCollector
+    replay_buffer: ReplayBuffer
+    background: ThreadPoolExecutor
+    rollouts: TensorDict | None = None  # the collection that is being trained on
+    ahead: Future | None = None  # the next one
+
+    def collections(self) -> Iterator[TensorDict]:
+        """The run's collections. With train.sync_iter=false the next one is sampled while one is trained on."""
+        if self.rollouts is not None:  # a resumed run's, of which some steps are done
+            yield self.rollouts
+        while self._wants_more:
+            REQUEST.check()
+            self.rollouts = self._next_collection()
+            self._check_grading([grade for i in range(len(self.rollouts)) for grade in self.rollouts[i]["record"].grades])
+            self.progress.position += len(self.rollouts)
+            if self._wants_more and not self.config.train.sync_iter:
+                self.ahead = self.background.submit(self._collect)
+            yield self.rollouts
+
+    @property
+    def _wants_more(self) -> bool:
+        return not self._at_plateau and self.progress.position < self.config.num_groups
+
+    def _collect(self) -> TensorDict:
+        return next(self._collections)
+
+    @cached_property
+    def _collections(self) -> Iterator[TensorDict]:
+        return iter(self.collector)
+
+    def _next_collection(self) -> TensorDict:
+        if self.ahead is None:
+            return self._collect()
+        rollouts, self.ahead = self._wait_for_collection(), None
+        return rollouts
+
+    def _wait_for_collection(self) -> TensorDict:
+        with self.clock.phase("wait"):
+            try:
+                return self.ahead.result(self.config.ray.timeout_s)
+            except TimeoutError:
+                raise ActorError(
+                    f"the collection behind step {self.progress.num_steps} did not end within "
+                    f"{self.config.ray.timeout_s:g} s: if neither engine nor reward function hangs, raise ray.timeout_s"
+                ) from None
+
+    def batches(self, rollouts: TensorDict) -> Iterator[TensorDict]:
+        """train.epochs passes over `rollouts` [G] in optimiser batches [B]; a resumed run leaves out what it has done."""
+        refill(self.replay_buffer, rollouts)
+        batches = chain.from_iterable(self.replay_buffer for _ in range(self.config.train.epochs))
+        for batch in islice(batches, self.progress.steps_since_push, None):
+            self.first_use = self.progress.steps_since_push < self.config.batches_per_collection
+            yield batch
+
+    def step(self, batch: TensorDict) -> None:
+        """One optimiser step on `batch` [B], logged; and a checkpoint where it is due."""
+        super().step(batch)
+        if self.progress.steps_since_push < self.config.steps_per_collection:  # after the last one comes the push
+            if self.config.train.sync_iter:  # else the collection beside it would have to be waited for
+                self._save_if_due(self.progress.num_steps - 1)
+            REQUEST.check()
+
+    def push_weights(self) -> None:
+        """Give the engines the trainer's weights as the next policy version; evaluate and save where it is time to."""
+        now = self.progress
+        if self.ahead is not None:
+            self._wait_for_collection()  # a collection is sampled under one version
+        before, self.rollouts = now.num_steps - now.steps_since_push, None
+        super().push_weights()
+        # What was due at an earlier step of the collection was saved there, but for a collection beside training.
+        self._save_if_due(now.num_steps - 1 if self.config.train.sync_iter else before)
+        REQUEST.check()
+
+    def _state(self) -> dict[str, TensorDict]:
+        collections = {}
+        if self.progress.steps_since_push:
+            collections["collection"] = self.rollouts
+        if self.ahead is not None:  # it was sampled under weights that are gone by then
+            collections["ahead"] = self._wait_for_collection()
+        return collections
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        self.collector.env.stream.position = self.progress.position
+        self.rollouts = checkpoint.collection("collection")
+        ahead = checkpoint.collection("ahead")
+        if ahead is not None:
+            self.ahead = Future()
+            self.ahead.set_result(ahead)
+            self.collector.env.stream.position += len(ahead)
+        if self.progress.policy_version > 0 and self.rollouts is None:
+            self.push(self.progress.policy_version)
+
+    @property
+    def _eval_seed(self) -> int:
+        return 0
