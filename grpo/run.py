@@ -69,6 +69,7 @@ class Run(ABC):
     resumed: Checkpoint | None
     progress: Progress = field(default_factory=Progress)
     first_use: bool = True  # whether the batch in hand has not been trained on before
+    of_batch: dict[str, float] = field(default_factory=dict)  # what its mode has to say of it in metrics.jsonl
     probe: list[int] = field(default_factory=list)  # tokens of a response that was trained on
     started_s: float | None = None  # `_training_clock` when the loop began,
     stepped_s: float = 0.0  # and at the last step
@@ -123,7 +124,7 @@ class Run(ABC):
         self.probe = batch["tokens"][0, : min(length - 1, PROBE_TOKENS)].tolist()  # vLLM wants room for one more
         now.samples_trained += len(batch)
         steps = now.policy_version, now.steps_since_push - 1, self.config.steps_per_push
-        metrics |= rollout_metrics(batch, *steps) | self.clock.take()
+        metrics |= rollout_metrics(batch, *steps) | self.of_batch | self.clock.take()
         last, self.stepped_s = self.stepped_s, self._training_clock()
         metrics["time/samples_per_s"] = len(batch) / (self.stepped_s - last)
         if self.first_use:

@@ -73,7 +73,7 @@ class AsyncRun(Run):
                     )
                 time.sleep(POLL_S)
             batch = get(self.buffer.take.remote(chosen), timeout_s, BUFFER, "giving a batch")
-        self.log.add({"buffer/size": len(self.finished) - len(chosen), "buffer/in_flight": self._in_flight})
+        self.of_batch = {"buffer/size": len(self.finished) - len(chosen), "buffer/in_flight": self._in_flight}
         self._check_grading([grade for record in batch["records"] for grade in record.grades])
         return batch
 
