@@ -13,6 +13,8 @@ import re
 from functools import lru_cache
 from typing import Any
 
+import math_verify
+
 from grpo.config import EnvConfig
 from grpo.errors import DataError
 from grpo.rewards import Grade
@@ -43,9 +45,7 @@ def last_boxed(text: str) -> str | None:
 
 def parse(answer: str) -> list[Any]:
     """math-verify's readings of a boxed answer, as SymPy objects and text; empty where it has none."""
-    from math_verify import parse
-
-    return parse(rf"\boxed{{{answer}}}", parsing_timeout=None)
+    return math_verify.parse(rf"\boxed{{{answer}}}", parsing_timeout=None)
 
 
 @lru_cache(maxsize=1 << 14)
@@ -64,13 +64,11 @@ class Math:
 
     def grade(self, problem: Problem, response: str) -> Grade:
         """0.1 for a boxed answer, 0.9 for its being equal to the reference. Has no time limit of its own."""
-        from math_verify import verify
-
         answer = last_boxed(response)
         parsed = parse(answer) if answer else []
         if not parsed:
             return Grade({"format": 0.0, "exact": 0.0}, "unparseable", None)
-        exact = answer == problem.answer or verify(parse_gold(problem.answer), parsed, timeout_seconds=None)
+        exact = answer == problem.answer or math_verify.verify(parse_gold(problem.answer), parsed, timeout_seconds=None)
         return Grade({"format": 0.1, "exact": 0.9 * exact}, "correct" if exact else "wrong", answer)
 
 
