@@ -249,19 +249,22 @@ def pathological() -> Iterator[str]:
 
 
 def random_texts(count: int, seed: int = 0) -> Iterator[str]:
-    """`count` short texts, the same for the same seed: of pieces that graders look for, or of any characters.
+    """`count` short texts, the same for the same seed: of pieces that graders look for, of sums, or of any characters.
 
-    One in three is stated as an answer.
+    One in two is stated as an answer.
     """
     generator = random.Random(seed)
     for _ in range(count):
-        start, end = generator.choice(WRAPPERS) if generator.random() < 1 / 3 else ("", "")
+        start, end = generator.choice(WRAPPERS) if generator.random() < 0.5 else ("", "")
         yield start + _random_text(generator) + end
 
 
 def _random_text(generator: random.Random) -> str:
-    if generator.random() < 0.7:
+    kind = generator.random()
+    if kind < 0.5:
         return "".join(generator.choice(PIECES) for _ in range(generator.randrange(1, 13)))
-    if generator.random() < 0.5:
+    if kind < 0.7:
+        return "".join(generator.choice("0123456789+-*/() ") for _ in range(generator.randrange(1, 30)))
+    if kind < 0.85:
         return "".join(generator.choice(string.printable) for _ in range(generator.randrange(1, 80)))
     return "".join(chr(generator.randrange(0x110000)) for _ in range(generator.randrange(1, 40)))
