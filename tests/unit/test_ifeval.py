@@ -574,7 +574,7 @@ MARKS = [
 
 
 def hostile(count: int, length: int) -> list[str]:
-    """A megabyte, runs to `length` bytes of every mark that a check looks for, and random mixtures of them: `count` in all."""
+    """A megabyte, runs to `length` bytes of every mark that a check looks for, random mixtures of them: `count` in all."""
     generator = random.Random(0)
     runs = [mark * (length // len(mark.encode("utf-8", "surrogatepass"))) for mark in MARKS]
     mixed = ["".join(generator.choices(MARKS, k=generator.choice((1, 10, 300)))) for _ in range(count - 1 - len(runs))]
