@@ -17,7 +17,7 @@ from grpo.grading import GradingPool
 from grpo.launch import compose
 from grpo.tasks import Problem
 
-RESPONSES, REPEATS = 2_000, 5
+RESPONSES, REPEATS = 500, 3
 
 WORKING = (
     "Let's go through this one step at a time. First, there are {a} boxes, and each of them holds {b} pencils, so there are "
