@@ -49,6 +49,7 @@ def in_a_box(model: str, path: Path) -> Path:
 def shown_expressions(model: str, path: Path) -> Path:
     """A copy of the model that answers a countdown problem of the file with a + b, a - b or a * b, each as likely."""
     rows = [json.loads(line) for line in (DATA / "countdown.jsonl").read_text().splitlines()]
+    torch.set_num_threads(1)  # a model this small is slower with more, most of all where other work shares the cores
     tokenizer, policy = load_tokenizer(model), AutoModelForCausalLM.from_pretrained(model)
     rng, optimizer = random.Random(0), torch.optim.AdamW(policy.parameters(), lr=2e-3)
     for step in range(TEACHING_STEPS):
@@ -123,6 +124,6 @@ def test_the_published_files_train_as_they_are(run_sync, model_path, capfd, name
     asked = {line["prompt"] for line in run.rollouts}
     assert len(asked) == 24 and asked <= published
     assert {line["outcome"] for line in run.rollouts} <= set(OUTCOMES) - {"timed_out", "grader_error"}
-    assert all(row["train/grad_norm"] > 0 for row in run.metrics)
+    assert run.metrics[0]["train/grad_norm"] > 0  # two steps on, every response may earn the same
     assert moved(run, model_path)
     assert "prompts of the train split are longer than env.max_prompt_length and left out" in capfd.readouterr().out
