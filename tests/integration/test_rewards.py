@@ -51,6 +51,7 @@ NOTES = {
 @pytest.fixture
 def overrides(tmp_path, model_path):
     """A function from a reward function's name to the configuration of a run with it."""
+    (tmp_path / "run").mkdir()
     (tmp_path / "mine.py").write_text(REWARDS)
     rows = [{"question": f"What is ({n} + 1) * 2?", "answer": f"#### {2 * n + 2}"} for n in range(10)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
