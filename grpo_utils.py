@@ -66,7 +66,12 @@ def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
         resumed = newest(run_dir)
         if resumed is not None:
             check_resume(resumed, config, data["train"])
-        limits = config.env.grading_timeout_s, config.env.reward_fn, config.env.reward_timeout_s
+        limits = (
+            config.env.grading_timeout_s,
+            config.env.reward_fn,
+            config.env.reward_timeout_s,
+            config.env.grading_memory_gb,
+        )
         grading = closing.enter_context(GradingPool(tasks.grader(config.env), config.env.grading_processes, *limits))
         check_reward_function(grading, data["train"].problems[:group_size])
         take_signals = closing.enter_context(listen(config.train.grace_s, config.train.max_wall_time))

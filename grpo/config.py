@@ -65,6 +65,7 @@ class EnvConfig:
     grading_processes: int = 2
     grading_timeout_s: float = 10.0  # a response
     reward_timeout_s: float = 60.0  # a call of reward_fn, which gets a group
+    grading_memory_gb: float = 4.0  # a grading process; one that needs more is replaced, and its response a grader_error
     num_envs: int = 64  # groups in flight at an engine
     repeats: int = 8  # group size K: responses sampled for a prompt
     max_prompt_length: int = 256  # tokens; longer prompts are dropped and counted
@@ -74,6 +75,7 @@ class EnvConfig:
     def __post_init__(self) -> None:
         _at_least("env", self, 1, "num_envs", "max_prompt_length", "validation_size", "test_size", "grading_processes")
         _at_least("env", self, 0.1, "grading_timeout_s", "reward_timeout_s")
+        _at_least("env", self, 0.5, "grading_memory_gb")
         _at_least("env", self, 0, "few_shot")
         if self.max_samples is not None:
             _at_least("env", self, 1, "max_samples")

@@ -46,7 +46,7 @@ def read(lines: IO[bytes], dataset: str, problems: list[str]) -> Iterator[Row]:
 def grade_file(config: EnvConfig, source: Path, out: Path | None) -> tuple[list[Grade], list[str]]:
     """Grade every line of `source` into `out`; returns the verdicts, and what was wrong with the lines left out."""
     grades, problems = [], []
-    limits = config.grading_timeout_s, config.reward_fn, config.reward_timeout_s
+    limits = config.grading_timeout_s, config.reward_fn, config.reward_timeout_s, config.grading_memory_gb
     with GradingPool(tasks.grader(config), config.grading_processes, *limits) as pool, open(source, "rb") as lines:
         sink = open(out, "w") if out is not None else None  # noqa: SIM115
         part: list[Row] = []

@@ -3,10 +3,14 @@
     driver ──items──> worker ──> grader.grade(problem, response), or the user's reward function on a group
            <─result─           one by one, so that a worker that hangs or dies is known to have done so on which item
 
-A worker that does not answer in time, or dies, is replaced; the item it was at has failed, and the others go on.
+A worker that does not answer in time, needs more memory than it may have, or dies, is replaced; the item it was at has
+failed, and the others go on.
 """
 
+import errno
 import multiprocessing
+import os
+import resource
 import signal
 import time
 from collections import deque
@@ -21,6 +25,7 @@ from grpo.tasks import Grader, Problem
 
 START_TIMEOUT_S = 120.0  # of a worker, which imports the task's libraries
 CHUNK = 64  # items that a worker gets at a time, at most
+OUT_OF_MEMORY = errno.ENOMEM  # how a worker ends that has reached its limit
 
 
 @dataclass(frozen=True)
@@ -45,12 +50,17 @@ class GradingPool:
         timeout_s: float,
         reward_function: str | None = None,
         reward_timeout_s: float = 60.0,
+        memory_gb: float = 4.0,
     ) -> None:
-        """`reward_function`: PATH.py:FUNCTION, called on a group at a time, within `reward_timeout_s`."""
+        """`reward_function`: PATH.py:FUNCTION, called on a group at a time, within `reward_timeout_s`.
+
+        `memory_gb` limits the data of each process (RLIMIT_DATA, in 10^9 bytes); where the system has no such limit on
+        mapped memory (macOS), it does nothing.
+        """
         self.timeout_s, self.reward_function, self.reward_timeout_s = timeout_s, reward_function, reward_timeout_s
         self.context = multiprocessing.get_context("forkserver")  # a worker that is replaced is there at once
         self.context.set_forkserver_preload([__name__, *_modules(grader)])
-        self.arguments = grader, reward_function
+        self.arguments = grader, reward_function, memory_gb
         self.workers = [_Worker(self.context, self.arguments) for _ in range(num_workers)]
 
     def __enter__(self) -> "GradingPool":
@@ -141,6 +151,8 @@ class _Worker:
             result = self.connection.recv()
         except (EOFError, ConnectionResetError):
             self.process.join(1.0)
+            if self.process.exitcode == OUT_OF_MEMORY:
+                return Failed("grader_error", f"it needed more than env.grading_memory_gb ({self.arguments[-1]:g})")
             return Failed("grader_error", f"the grading process ended with code {self.process.exitcode}")
         if not self.ready:
             self.ready = True
@@ -158,9 +170,10 @@ class _Worker:
         self.connection.close()
 
 
-def _work(connection: Connection, grader: Grader, reward_function: str | None) -> None:
+def _work(connection: Connection, grader: Grader, reward_function: str | None, memory_gb: float) -> None:
     """A worker's life."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's, which ends its workers
+    resource.setrlimit(resource.RLIMIT_DATA, (int(memory_gb * 1e9),) * 2)
     function = load_reward_function(reward_function) if reward_function else None
     methods: dict[str, Callable] = {
         "grade": lambda item: grader.grade(*item),
@@ -171,6 +184,8 @@ def _work(connection: Connection, grader: Grader, reward_function: str | None) -
         for item in items:
             try:
                 result = methods[method](item)
+            except MemoryError:  # what is left of the heap is not to be graded with
+                os._exit(OUT_OF_MEMORY)
             except Exception as error:  # a grader's defect, or the user's code: it is what the verdict says
                 result = Failed("grader_error", f"{type(error).__name__}: {one_line(error)}"[:500])
             connection.send(result)

@@ -31,6 +31,7 @@ MAY_CHANGE = (
     "logging",
     "ray",
     "env.grading_processes",
+    "env.grading_memory_gb",
     "env.grading_timeout_s",
     "env.reward_timeout_s",
     "model.cache_dir",

@@ -8,8 +8,9 @@ A response is graded by its last stated final answer. An answer is stated by one
     #### 18                  <answer>18</answer>        \\boxed{18}
     A: 18 (starts a line)    The answer is 18.          Final answer: 18
 
-in any mix. Numbers may have a sign, a currency, separators of thousands (commas, spaces), decimals, a unit, Markdown or
-LaTeX around them, and may be fractions (3/4, 1 1/2, \\frac{3}{4}, ¾). All are compared as exact fractions, none is rounded.
+in any mix. Numbers may have a sign, a currency, separators of thousands (commas, spaces, 1'000, 1_000), decimals, a unit,
+Markdown or LaTeX around them, and may be fractions (3/4, 1 1/2, \\frac{3}{4}, ¾). All are compared as exact fractions, none
+is rounded.
 
 - Of an equation, `3 * 6 = 18`, the last side that is a number counts; nothing is computed.
 - Several numbers where one is due (`3 or 4`, `3 to 4`, `3:4`, `5 * 6`) state no answer that could be graded: unparseable.
@@ -75,6 +76,8 @@ MARKUP = [
     for pattern, replacement in (
         (r"<<[^<>]{0,100}>>", ""),  # GSM8K's calculator annotations
         (r"\{,\}|,\\!", ","),
+        (r"(?<=[0-9])['’_](?=[0-9]{3}(?![0-9]))", ","),
+        (r"(?<=[0-9])/-(?![0-9])", ""),  # rupees: 500/-
         (r"\\!", ""),
         (r"\\approx(?![a-zA-Z])|\\simeq(?![a-zA-Z])", "="),
         (r"\\(?:text|textbf|mathrm|mathbf|mbox|textit) ?\{([^{}]{0,60})\}", r" \1 "),
@@ -99,7 +102,8 @@ LEAD = re.compile(
 )
 CURRENCY = r"(?:(?:US|A|C)?\$|[€£¥₹₽₩₱]|(?:USD|EUR|GBP|INR|Rs\.?|PHP)(?![a-zA-Z]))"
 DIGITS = (
-    rf"(?:[0-9]{{1,3}}(?:,[0-9]{{2,3}}){{0,12}},[0-9]{{3}}(?![0-9])|[0-9]{{1,3}}(?: [0-9]{{3}}){{1,12}}(?![0-9]|/|,[0-9])"
+    rf"(?:[0-9]{{1,3}}(?:,[0-9]{{2,3}}){{0,12}},[0-9]{{3}}(?![0-9])|[0-9]{{4,7}}(?:,[0-9]{{3}}){{1,12}}(?![0-9])"
+    rf"|[0-9]{{1,3}}(?: [0-9]{{3}}){{1,12}}(?![0-9]|/|,[0-9])"
     rf"|[0-9]{{1,{MAX_DIGITS}}})"
 )
 SIGN = r"(?:[-+] ?|(?:minus|negative) )"
@@ -129,7 +133,7 @@ SCALE = re.compile(
 # What may not follow a number that is to stand for itself: more digits, an operator, a power, another number.
 # `18 dollars, or 1800 cents` is one amount in two units.
 CONTINUED = re.compile(
-    r"[0-9⁰¹²³⁴⁵⁶⁷⁸⁹]|[.,:][0-9]|e[-+]?[0-9]|[kKMB](?![a-zA-Z0-9])|x(?![a-zA-Z])"
+    r"[0-9⁰¹²³⁴⁵⁶⁷⁸⁹]|[.,:'’_][0-9]|e[-+]?[0-9]|[kKMB](?![a-zA-Z0-9])|x(?![a-zA-Z])"
     r"|\*[\w$(\\]| \*+ ?[\w$(\\]|[)}\]$ ]{0,4}(?:[+^×÷·=>√π]|<(?![|/])|/(?! ?[a-zA-Z])|-(?= ?[0-9$(]))"
     r"|\.{2,4}[0-9]| ?\\(?!n\b)[a-zA-Z]| x [0-9]"
     r"| (?:hours?|hrs?|minutes?|min|dollars?|feet|foot|ft|pounds?|lbs?|years?|months?|weeks?|days?) [0-9]"

@@ -20,6 +20,8 @@ class Obedient:
             os._exit(3)
         if response == "raise":
             raise ValueError("a defect\nof two lines")
+        if response == "bomb":
+            return Grade({"length": float(len("x" * 10**10))}, "wrong", None)
         if response == "recurse":
             return self.grade(problem, response)
         return Grade({"length": float(len(response))}, "correct" if response == problem.answer else "wrong", response[:10])

@@ -208,6 +208,7 @@ UNITS = (
         "1 ",
     ),
 )
+WRAPPERS = (("#### ", ""), ("<answer>", "</answer>"), ("\\boxed{", "}"), ("The answer is ", "."))
 COUNTS = (1, 10, 100, 1_000, 10_000, 20_000)
 
 
@@ -241,20 +242,29 @@ def pathological() -> Iterator[str]:
     ]
     for count in COUNTS:
         texts += [unit * count for unit in UNITS]
-    wrappers = (("#### ", ""), ("<answer>", "</answer>"), ("\\boxed{", "}"), ("The answer is ", "."))
     for count in (20, 100, 400):
-        texts += [start + unit * count + end for start, end in wrappers for unit in UNITS]
+        texts += [start + unit * count + end for start, end in WRAPPERS for unit in UNITS]
     assert len(texts) >= 1000, len(texts)
     yield from texts[:1000]
 
 
 def random_texts(count: int, seed: int = 0) -> Iterator[str]:
-    """`count` short texts, the same for the same seed: of pieces that graders look for, or of any characters."""
+    """`count` short texts, the same for the same seed: of pieces that graders look for, of sums, or of any characters.
+
+    One in two is stated as an answer.
+    """
     generator = random.Random(seed)
     for _ in range(count):
-        if generator.random() < 0.7:
-            yield "".join(generator.choice(PIECES) for _ in range(generator.randrange(1, 13)))
-        elif generator.random() < 0.5:
-            yield "".join(generator.choice(string.printable) for _ in range(generator.randrange(1, 80)))
-        else:
-            yield "".join(chr(generator.randrange(0x110000)) for _ in range(generator.randrange(1, 40)))
+        start, end = generator.choice(WRAPPERS) if generator.random() < 0.5 else ("", "")
+        yield start + _random_text(generator) + end
+
+
+def _random_text(generator: random.Random) -> str:
+    kind = generator.random()
+    if kind < 0.5:
+        return "".join(generator.choice(PIECES) for _ in range(generator.randrange(1, 13)))
+    if kind < 0.7:
+        return "".join(generator.choice("0123456789+-*/() ") for _ in range(generator.randrange(1, 30)))
+    if kind < 0.85:
+        return "".join(generator.choice(string.printable) for _ in range(generator.randrange(1, 80)))
+    return "".join(chr(generator.randrange(0x110000)) for _ in range(generator.randrange(1, 40)))

@@ -81,6 +81,15 @@ def test_each_failure_is_its_own_and_the_others_go_on(pool):
     assert {g.outcome for g in grade(pool, ["yes"] * 10)} == {"correct"}
 
 
+def test_a_response_that_needs_too_much_memory_costs_its_process_and_no_more():
+    with GradingPool(Obedient(), 1, timeout_s=10.0, memory_gb=1.0) as pool:
+        first = pool.workers[0].process.pid
+        grades = grade(pool, ["yes", "bomb", "no", "yes"])
+        assert pool.workers[0].process.pid != first
+    assert [g.outcome for g in grades] == ["correct", "grader_error", "wrong", "correct"]
+    assert grades[1].note == "it needed more than env.grading_memory_gb (1)"
+
+
 def test_many_that_hang_are_stopped_one_by_one(pool):
     grades = grade(pool, ["hang", "yes", "hang", "yes"])
     assert [g.outcome for g in grades] == ["timed_out", "correct", "timed_out", "correct"]
