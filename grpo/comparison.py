@@ -40,6 +40,10 @@ class Answers:
         """Of right samples, one a problem."""
         return [_share(group) for group in self.samples if group]
 
+    @property
+    def without_verdict(self) -> list[Grade]:
+        return [grade for grade in [*self.greedy, *chain.from_iterable(self.samples)] if not grade.is_verdict]
+
     def metrics(self) -> dict:
         """The model's figures; those of graded prompts alone have intervals."""
         found = {"length_mean": fmean(self.lengths), "stopped": fmean(self.stopped)}

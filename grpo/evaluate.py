@@ -242,18 +242,16 @@ def main() -> None:
     result |= {"too_long": len(asked) - len(questions), "unreadable_lines": len(faults)}
     write_whole(out, json.dumps(result, indent=2) + "\n")
     print(f"\n{table({name: result[name] for name in models}, result, k)}\n")
-    print(_told(result, questions, out, env.max_prompt_length))
-
-
-def _told(result: dict, questions: list[Question], out: Path, limit: int) -> str:
-    """What a reader of the table should know."""
     num_graded = sum(question.graded for question in questions)
-    lines = [f"{len(questions)} prompts, {num_graded} of them graded, in {out}; intervals are of 95%, over problems"]
+    print(f"{len(questions)} prompts, {num_graded} of them graded, in {out}; intervals are of 95%, over problems")
     if result["too_long"]:
-        lines.append(f"{result['too_long']} prompts are longer than env.max_prompt_length ({limit}) and left out")
-    if result["unreadable_lines"]:
-        lines.append(f"{result['unreadable_lines']} lines could not be used")
-    return "\n".join(lines)
+        print(f"{result['too_long']} prompts are longer than env.max_prompt_length ({env.max_prompt_length}) and left out")
+    if faults:
+        print(f"{len(faults)} lines could not be used")
+    for name, its in answers.items():
+        if its.without_verdict:
+            lost, note = len(its.without_verdict), its.without_verdict[0].note
+            print(f"{name}: {lost} responses have no verdict and count as not right, the first for this: {note}")
 
 
 if __name__ == "__main__":

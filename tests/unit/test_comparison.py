@@ -67,6 +67,7 @@ def test_prompts_without_an_answer_count_for_the_length_alone():
 
 
 def test_a_response_without_a_verdict_says_why():
+    assert BEFORE.without_verdict == [LATE, LATE] and AFTER.without_verdict == []
     assert BEFORE.row(3)["note"] == "no answer within 10 s"
 
 
