@@ -221,6 +221,9 @@ def report(
 
 
 def main() -> None:
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+        return
     arguments, overrides = split_arguments(sys.argv[1:], dict.fromkeys(OWN, False), SECTIONS)
     k, limit = whole_number(arguments, "k", K, 0), whole_number(arguments, "max_samples", None, 1)
     config, models, out = configure(arguments, overrides)

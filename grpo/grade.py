@@ -86,6 +86,9 @@ def summary(grades: list[Grade], problems: list[str]) -> str:
 
 
 def main() -> None:
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+        return
     arguments, config = parse_arguments(sys.argv[1:], {"responses": True, "out": False}, EnvConfig, "env")
     source = Path(arguments["responses"])
     if not source.is_file():
