@@ -55,7 +55,7 @@ def paired_shares(before: Sequence[bool], after: Sequence[bool]) -> Interval:
 
 
 def mean_interval(values: Sequence[float]) -> Interval | None:
-    """Of the mean of `values`, one a problem: Student's interval; None of a single one.
+    """Of the mean of `values`, one a problem: Student's interval, without width where all are equal; None of a single one.
 
     For two models the values are the differences problem by problem: Miller, arXiv 2411.00640.
     """
