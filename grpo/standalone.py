@@ -56,7 +56,7 @@ def _engine(spec: EngineSpec, prompts: list[list[int]], parts: list[Part]) -> It
     context = multiprocessing.get_context("spawn")
     connection, other = context.Pipe()
     process = context.Process(target=_serve, args=(other, spec, prompts, parts), name="engine")
-    with _environment(engine_environment(spec)):
+    with _environment(engine_environment(spec) | {"VLLM_LOGGING_LEVEL": "ERROR"}):  # its warnings are for every start alike
         process.start()
     other.close()
     try:
@@ -110,6 +110,7 @@ class _Receiver:
 def _serve(connection: Connection, spec: EngineSpec, prompts: list[list[int]], parts: list[Part]) -> None:
     """The process's life."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the tool's, which ends its engine
+    os.dup2(2, 1)  # the libraries' own words do not get between those of the tool, whose output may be read by a program
     threading.Thread(target=_end_with_the_tool, daemon=True).start()
     try:
         engine = make_engine(spec)
