@@ -5,7 +5,7 @@
 
     prompts=FILE.jsonl   instead of the task's test split: rows of the task, which are graded, or {"prompt": TEXT}
     k=8                  samples a problem, at the temperature of training; 0: greedy responses only
-    max_samples=N        prompts, at most
+    max_samples=N        prompts, at most: a sample drawn by a fixed seed
     out=FILE.json        instead of comparison.json (evaluation.json of one model) in the run's directory, or here
     seed= device= env.KEY= inference_model.KEY= ray.KEY=    instead of the run's; without a run, of config/grpo_DATASET.yaml
 
@@ -15,6 +15,7 @@ counts as not right, with the reward 0.
 """
 
 import json
+import random
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
@@ -45,6 +46,7 @@ if TYPE_CHECKING:  # importing them takes seconds, and a wrong argument is answe
 OWN = ("run", "model", "base", "prompts", "k", "max_samples", "out", "seed", "device")
 SECTIONS = ("env", "inference_model", "ray")
 K = 8
+SAMPLE_SEED = 1234  # of max_samples
 
 
 def greedy(max_tokens: int) -> Part:
@@ -140,6 +142,13 @@ def _question(dataset: str, row: dict, where: str) -> Question:
     if not question.problem.question.strip():
         raise DataError(f"{where}: asks nothing: give it the text prompt")
     return question
+
+
+def fair_sample(questions: list[Question], limit: int | None) -> list[Question]:
+    """At most `limit` of the questions, the same ones each time; the first ones may be easier, where a split is in order."""
+    if limit is None or len(questions) <= limit:
+        return questions
+    return [questions[i] for i in sorted(random.Random(SAMPLE_SEED).sample(range(len(questions)), limit))]
 
 
 def ask(
@@ -238,7 +247,7 @@ def main() -> None:
     task = tasks.load(env)
     if "prompts" not in arguments:
         asked = [Question(problem) for problem in task.problems("test")[: env.test_size]]
-    asked = asked[:limit]
+    asked = fair_sample(asked, limit)
     with GradingPool(grader, env.grading_processes, env.grading_timeout_s, env.reward_fn, env.reward_timeout_s) as pool:
         questions, answers = ask(config, models, asked, task, pool, k)
     result = report(config, models, questions, answers, k)

@@ -9,7 +9,7 @@ import pytest
 from grpo.builtin import make_tokenizer
 from grpo.config import RunConfig
 from grpo.errors import ConfigError, DataError
-from grpo.evaluate import OWN, SECTIONS, Question, accuracy, configure, judge, read_prompts
+from grpo.evaluate import OWN, SECTIONS, Question, accuracy, configure, fair_sample, judge, read_prompts
 from grpo.inference import Sampling
 from grpo.launch import compose
 from grpo.resume import write_config
@@ -166,3 +166,12 @@ def test_a_users_function_gives_the_rewards_and_the_task_the_outcomes():
     assert (found.rewards, found.right) == ([11], [True])
     assert [grade.reward for grade in found.samples[0]] == [21, 22]  # one call for a problem's k samples
     assert [grade.outcome for grade in found.samples[0]] == ["correct", "wrong"]
+
+
+def test_a_part_of_the_questions_is_a_fair_sample_in_their_order():
+    questions = [Question(Problem(str(i), "")) for i in range(1000)]
+    taken = [int(question.problem.question) for question in fair_sample(questions, 100)]
+    assert taken == sorted(set(taken)) and len(taken) == 100
+    assert 450 < np.mean(taken) < 550  # the first hundred would have 49.5
+    assert fair_sample(questions, 100) == fair_sample(questions, 100)
+    assert fair_sample(questions, None) == fair_sample(questions, 2000) == questions
