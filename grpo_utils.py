@@ -28,7 +28,7 @@ from grpo.collect import Finish, GroupCollector, InferencePolicy, PromptEnv, Pro
 from grpo.config import RunConfig
 from grpo.errors import ConfigError, RewardError
 from grpo.grading import Failed, GradingPool
-from grpo.inference import EngineSpec, InferenceActor, Sampling
+from grpo.inference import InferenceActor, Sampling, engine_environment, engine_spec
 from grpo.metrics import Clock, RunLog
 from grpo.models import check_files, load_tokenizer
 from grpo.plan import Plan, make_plan
@@ -239,19 +239,7 @@ def _start_actors(
         return [ray.remote(**options)(cls).remote(*arguments) for _ in range(plan.roles[role])]
 
     inference, attention = config.inference_model, config.model.attn_implementation
-    spec = EngineSpec(
-        backend=inference.backend,
-        model=model,
-        device=plan.device,
-        dtype="float32" if plan.device == "cpu" else inference.dtype,
-        seed=config.seed,
-        max_concurrent=config.env.num_envs * config.env.repeats,
-        max_length=config.env.max_prompt_length + inference.max_tokens,
-        top_p=inference.top_p,
-        gpu_memory_utilization=inference.gpu_memory_utilization,
-        enforce_eager=inference.enforce_eager or plan.device == "cpu",
-        tensor_parallel_size=inference.tensor_parallel_size,
-    )
+    spec = engine_spec(config, model, plan.device)
     engines = start("inference", InferenceActor, engine_environment(spec), spec)
     precision, products = config.train.mixed_precision, config.model.matmul_precision
     references = start(
@@ -281,18 +269,6 @@ def _start_actors(
     ]
     get_all(starting | named("training", ranks), timeout, "starting", key)
     return trainers, references, engines
-
-
-def engine_environment(spec: EngineSpec) -> dict[str, str]:
-    """Environment variables for an engine's process."""
-    if spec.backend != "vllm":
-        return {}
-    variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-    if spec.device == "cpu":
-        variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-    if spec.enforce_eager:
-        variables["TORCHDYNAMO_DISABLE"] = "1"
-    return variables
 
 
 def connect(

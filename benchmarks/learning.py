@@ -20,6 +20,7 @@ import torch
 from benchmarks.machine import describe
 from grpo import builtin
 from grpo.config import EnvConfig
+from grpo.intervals import wilson
 from grpo.tasks import load
 from grpo.tasks.arithmetic import split_expressions
 
@@ -29,11 +30,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "learning.json"
 
 
 def interval(share: float, n: int) -> list[float]:
-    """Wilson's 95% interval of a share of `n` trials."""
-    z = 1.959964
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * ((share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5)
-    return [round(centre - half, 4), round(centre + half, 4)]
+    return [round(end, 4) for end in wilson(share, n)]
 
 
 def train(*overrides: str) -> dict:

@@ -1,27 +1,275 @@
-"""Held-out accuracy: greedy responses to problems that training never saw, graded by the task."""
+"""Before and after: how often a model is right, with 95% intervals, and what it says beside what another one says.
 
-from transformers import PreTrainedTokenizerBase
+    python -m grpo.evaluate run=outputs/DATE/TIME [KEY=VALUE ...]      the model that the run began with, and its model/
+    python -m grpo.evaluate model=PATH [base=PATH] [KEY=VALUE ...]     one model, or one against another
 
+    prompts=FILE.jsonl   instead of the task's test split: rows of the task, which are graded, or {"prompt": TEXT}
+    k=8                  samples a problem, at the temperature of training; 0: greedy responses only
+    max_samples=N        prompts, at most: a sample drawn by a fixed seed
+    out=FILE.json        instead of comparison.json (evaluation.json of one model) in the run's directory, or here
+    seed= device= env.KEY= inference_model.KEY= ray.KEY=    instead of the run's; without a run, of config/grpo_DATASET.yaml
+
+pass@1 is the share of problems whose greedy response is right, mean@k the mean share of right ones among k samples. Mean
+reward and mean length (in tokens) are those of the greedy responses. Responses are graded as in a run; one without a verdict
+counts as not right, with the reward 0.
+"""
+
+import json
+import random
+import sys
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import OmegaConf
+
+from grpo import tasks
+from grpo.comparison import Answers, improvements, table
+from grpo.config import EnvConfig, RunConfig, from_dictconfig
+from grpo.errors import ConfigError, DataError, UserError, one_line
 from grpo.grading import GradingPool
-from grpo.inference import Sampling
-from grpo.pools import EnginePool
-from grpo.tasks import EncodedProblems
+from grpo.inference import Sampling, engine_spec
+from grpo.launch import CONFIG_DIR, compose
+from grpo.resume import CONFIG, read_config, write_whole
+from grpo.rewards import Grade, load_reward_function
+from grpo.rollout import Completions, GroupRecord
+from grpo.standalone import Part, sample
+from grpo.tasks.data import text_fields
+from grpo.tool import override, read_lines, split_arguments, whole_number
+
+if TYPE_CHECKING:  # importing them takes seconds, and a wrong argument is answered before
+    from transformers import PreTrainedTokenizerBase
+
+    from grpo.pools import EnginePool
+
+OWN = ("run", "model", "base", "prompts", "k", "max_samples", "out", "seed", "device")
+SECTIONS = ("env", "inference_model", "ray")
+K = 8
+SAMPLE_SEED = 1234  # of max_samples
+
+
+def greedy(max_tokens: int) -> Part:
+    """One response a prompt, with nothing drawn."""
+    return Part(Sampling(num_responses=1, max_tokens=max_tokens, temperature=0.0), seed=0)
+
+
+def parts(config: RunConfig, k: int) -> list[Part]:
+    """What a model is asked for: greedy responses, then k samples a prompt as training draws them."""
+    inference = config.inference_model
+    sampling = Sampling(k, inference.max_tokens, inference.temperature, inference.top_p)
+    return [greedy(inference.max_tokens), *([Part(sampling, config.seed)] if k else [])]
 
 
 def accuracy(
-    engines: EnginePool,
+    engines: "EnginePool",
     grading: GradingPool,
-    data: EncodedProblems,
-    tokenizer: PreTrainedTokenizerBase,
+    data: tasks.EncodedProblems,
+    tokenizer: "PreTrainedTokenizerBase",
     max_tokens: int,
     seed: int | None = 0,
 ) -> dict[str, float]:
-    """{"accuracy": share of right answers in [0, 1], "n": problems} of the engines' current weights.
+    """{"accuracy": share of right answers in [0, 1], "n": problems} of the weights that a run's engines have.
 
     Greedy, so nothing is drawn; training reseeds the engines for every collection, so its stream stays as it was.
     """
-    sampling = Sampling(num_responses=1, max_tokens=max_tokens, temperature=0.0)
-    completions = engines.generate(data.prompts, sampling, seed)
+    completions = engines.generate(data.prompts, greedy(max_tokens).sampling, seed)
     texts = tokenizer.batch_decode(completions.responses(), skip_special_tokens=True)
     right = [grade.correct for grade in grading.grade(data.problems, texts)]
     return {"accuracy": sum(right) / len(right), "n": len(right)}
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt; where it is not `graded`, its problem has no answer."""
+
+    problem: tasks.Problem
+    graded: bool = True
+
+
+def configure(arguments: dict[str, str], overrides: dict[str, str]) -> tuple[RunConfig, dict[str, str], Path]:
+    """The configuration, the models under the names that the output gives them, and the output's path.
+
+    Raises ConfigError where the arguments do not go together, or the run has no model yet.
+    """
+    if ("run" in arguments) == ("model" in arguments):
+        raise ConfigError("give either run=DIRECTORY or model=PATH")
+    folder = Path()
+    if "run" in arguments:
+        folder = Path(arguments["run"])
+        if "base" in arguments:
+            raise ConfigError(f"base ({arguments['base']}) goes with model=PATH: a run has the model that it began with")
+        if not (folder / CONFIG).is_file():
+            raise ConfigError(f"run ({folder}): there is no run there: give the directory of one")
+        if not (folder / "model").is_dir():
+            raise ConfigError(f"run ({folder}) has no model/ yet, which is written at its end: go on with resume={folder}")
+        config = read_config(folder)
+        models = {"before": config.model.name, "after": str(folder / "model")}
+    else:
+        dataset = overrides.get("env.dataset", EnvConfig.dataset)
+        if not (CONFIG_DIR / f"grpo_{dataset}.yaml").is_file():
+            raise ConfigError(f"env.dataset ({dataset}) has no config/grpo_{dataset}.yaml to take settings from: make one")
+        config, models = compose(f"grpo_{dataset}", []), {"model": arguments["model"]}
+        if "base" in arguments:
+            models = {"before": arguments["base"], "after": arguments["model"]}
+    changed = OmegaConf.structured(config)
+    override(changed, {key: arguments[key] for key in ("seed", "device") if key in arguments} | overrides)
+    out = Path(arguments.get("out", folder / ("comparison.json" if len(models) == 2 else "evaluation.json")))
+    if not out.parent.is_dir():
+        raise ConfigError(f"out ({out}): there is no directory {out.parent}")
+    return from_dictconfig(changed), models, out
+
+
+def read_prompts(path: Path, dataset: str) -> tuple[list[Question], list[str]]:
+    """The questions of a user's file, and what is wrong with its other lines; raises DataError where there is none."""
+    if not path.is_file():
+        raise ConfigError(f"prompts ({path}): there is no such file")
+    faults: list[str] = []
+    with open(path, "rb") as lines:
+        questions = list(read_lines(lines, partial(_question, dataset), faults))
+    if not questions:
+        raise DataError(f"prompts ({path}) has no line that can be used" + (f": {faults[0]}" if faults else ""))
+    return questions, faults
+
+
+def _question(dataset: str, row: dict, where: str) -> Question:
+    if row.keys() == {"prompt"}:
+        (prompt,) = text_fields(row, ("prompt",), where)
+        question = Question(tasks.Problem(prompt, ""), graded=False)
+    else:
+        problem = tasks.row_problem(dataset, row, where)  # of some tasks, also without a question
+        question = Question(replace(problem, question=problem.question or str(row.get("prompt", ""))))
+    if not question.problem.question.strip():
+        raise DataError(f"{where}: asks nothing: give it the text prompt")
+    return question
+
+
+def fair_sample(questions: list[Question], limit: int | None) -> list[Question]:
+    """At most `limit` of the questions, the same ones each time; the first ones may be easier, where a split is in order."""
+    if limit is None or len(questions) <= limit:
+        return questions
+    return [questions[i] for i in sorted(random.Random(SAMPLE_SEED).sample(range(len(questions)), limit))]
+
+
+def ask(
+    config: RunConfig, models: dict[str, str], questions: list[Question], task: tasks.Task, pool: GradingPool, k: int
+) -> tuple[list[Question], dict[str, Answers]]:
+    """The questions that are not longer than env.max_prompt_length for any model, and each model's answers to them."""
+    from grpo import builtin, plan  # here: they import transformers
+    from grpo.models import check_files, load_tokenizer, read_config
+
+    device, limit = plan.resolve_device(config.device), config.env.max_prompt_length
+    encoded = {}
+    for name, model in models.items():
+        path = builtin.resolve(model, config.model.cache_dir)
+        check_files(path)
+        plan.check_positions(config, read_config(path))
+        tokenizer = load_tokenizer(path)
+        encoded[name] = path, tokenizer, [tasks.encode(question.problem, task, tokenizer) for question in questions]
+    kept = [i for i in range(len(questions)) if all(len(prompts[i]) <= limit for _, _, prompts in encoded.values())]
+    if not kept:
+        raise DataError(f"all {len(questions)} prompts are longer than env.max_prompt_length ({limit}): raise it")
+    questions, answers = [questions[i] for i in kept], {}
+    for name, (path, tokenizer, prompts) in encoded.items():
+        print(f"Asking {models[name]}", flush=True)
+        spec = engine_spec(config, path, device)
+        completions = sample(
+            spec, [prompts[i] for i in kept], parts(config, k), config.ray.start_timeout_s, config.ray.timeout_s
+        )
+        texts = [tokenizer.batch_decode(its.responses(), skip_special_tokens=True) for its in completions]
+        answers[name] = judge(questions, completions[0], *texts, pool=pool)
+    return questions, answers
+
+
+def judge(
+    questions: list[Question], completions: Completions, texts: list[str], sampled: list[str] = (), *, pool: GradingPool
+) -> Answers:
+    """The verdicts on the greedy `texts` of `completions`, and on the texts `sampled`, k a question."""
+    mine = [i for i, question in enumerate(questions) if question.graded]
+    problems = [questions[i].problem for i in mine]
+    grades: list[Grade | None] = [None] * len(questions)
+    samples: list[list[Grade]] = [[] for _ in questions]
+    for i, (grade,) in zip(mine, graded(pool, problems, [[texts[i]] for i in mine]), strict=True):
+        grades[i] = grade
+    k = len(sampled) // len(questions)
+    if k:
+        for i, group in zip(mine, graded(pool, problems, [sampled[i * k : (i + 1) * k] for i in mine]), strict=True):
+            samples[i] = group
+    return Answers(texts, completions.length.tolist(), completions.stopped.tolist(), grades, samples)
+
+
+def graded(pool: GradingPool, problems: list[tasks.Problem], responses: list[list[str]]) -> list[list[Grade]]:
+    """The verdicts on each problem's responses; with a user's function its rewards, a call a problem."""
+    asked = [problem for problem, texts in zip(problems, responses, strict=True) for _ in texts]
+    grades = iter(pool.grade(asked, [text for texts in responses for text in texts]))
+    groups = [
+        GroupRecord(problem.question, problem.answer, texts, [next(grades) for _ in texts])
+        for problem, texts in zip(problems, responses, strict=True)
+    ]
+    if pool.reward_function is not None:
+        from grpo.collect import rewarded  # here: it imports TorchRL
+
+        groups = rewarded(groups, pool)
+    return [group.grades for group in groups]
+
+
+def report(
+    config: RunConfig, models: dict[str, str], questions: list[Question], answers: dict[str, Answers], k: int
+) -> dict:
+    """What is written to `out`, but for how many prompts were left out."""
+    inference = config.inference_model
+    result = {name: {"model": models[name]} | its.metrics() for name, its in answers.items()}
+    result |= improvements(*answers.values()) if len(answers) == 2 else {}
+    result |= {"k": k, "temperature": inference.temperature, "max_tokens": inference.max_tokens, "seed": config.seed}
+    result["problems"] = [
+        {"prompt": question.problem.question, "answer": question.problem.answer if question.graded else None}
+        | {name: its.row(i) for name, its in answers.items()}
+        for i, question in enumerate(questions)
+    ]
+    return result
+
+
+def main() -> None:
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+        return
+    arguments, overrides = split_arguments(sys.argv[1:], dict.fromkeys(OWN, False), SECTIONS)
+    k, limit = whole_number(arguments, "k", K, 0), whole_number(arguments, "max_samples", None, 1)
+    config, models, out = configure(arguments, overrides)
+    env, faults = config.env, []
+    grader = tasks.grader(env)
+    if "prompts" in arguments:
+        asked, faults = read_prompts(Path(arguments["prompts"]), env.dataset)
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    if env.reward_fn:
+        load_reward_function(env.reward_fn)  # so that what is missing is said before anything starts
+    task = tasks.load(env)
+    if "prompts" not in arguments:
+        asked = [Question(problem) for problem in task.problems("test")[: env.test_size]]
+    asked = fair_sample(asked, limit)
+    with GradingPool(grader, env.grading_processes, env.grading_timeout_s, env.reward_fn, env.reward_timeout_s) as pool:
+        questions, answers = ask(config, models, asked, task, pool, k)
+    result = report(config, models, questions, answers, k)
+    result |= {"too_long": len(asked) - len(questions), "unreadable_lines": len(faults)}
+    write_whole(out, json.dumps(result, indent=2) + "\n")
+    print(f"\n{table({name: result[name] for name in models}, result, k)}\n")
+    num_graded = sum(question.graded for question in questions)
+    print(f"{len(questions)} prompts, {num_graded} of them graded, in {out}; intervals are of 95%, over problems")
+    if result["too_long"]:
+        print(f"{result['too_long']} prompts are longer than env.max_prompt_length ({env.max_prompt_length}) and left out")
+    if faults:
+        print(f"{len(faults)} lines could not be used")
+    for name, its in answers.items():
+        if its.without_verdict:
+            lost, note = len(its.without_verdict), its.without_verdict[0].note
+            print(f"{name}: {lost} responses have no verdict and count as not right, the first for this: {note}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"Error: {one_line(error)}")
+    except KeyboardInterrupt:
+        sys.exit(130)

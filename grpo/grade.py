@@ -10,9 +10,8 @@ and with a `note` where there is no verdict. Lines that cannot be read are repor
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import IO
 
 from grpo import tasks
 from grpo.config import EnvConfig
@@ -20,27 +19,17 @@ from grpo.errors import ConfigError, DataError, UserError, one_line
 from grpo.grading import Failed, GradingPool
 from grpo.rewards import OUTCOMES, Grade
 from grpo.tasks import ifeval
-from grpo.tool import parse_arguments
+from grpo.tool import parse_arguments, read_lines
 
 LINES = 4096  # that are graded at a time
 
-Row = tuple[int, dict, tasks.Problem]
+Row = tuple[dict, tasks.Problem]
 
 
-def read(lines: IO[bytes], dataset: str, problems: list[str]) -> Iterator[Row]:
-    """Number, content and problem of each line that can be graded; what is wrong with the others goes to `problems`."""
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict) or not isinstance(row.get("response"), str):
-                raise DataError(f"line {number}: needs an object with the text response")
-            yield number, row, tasks.row_problem(dataset, row, f"line {number}")
-        except DataError as error:
-            problems.append(one_line(error)[:300])
-        except (ValueError, RecursionError) as error:
-            problems.append(f"line {number} is not JSON: {one_line(error)[:200]}")
+def _row(dataset: str, row: dict, where: str) -> Row:
+    if not isinstance(row.get("response"), str):
+        raise DataError(f"{where}: needs the text response")
+    return row, tasks.row_problem(dataset, row, where)
 
 
 def grade_file(config: EnvConfig, source: Path, out: Path | None) -> tuple[list[Grade], list[str]]:
@@ -55,12 +44,12 @@ def grade_file(config: EnvConfig, source: Path, out: Path | None) -> tuple[list[
             found = grade_rows(pool, part)
             grades.extend(found)
             if sink is not None:
-                for (_, row, problem), grade in zip(part, found, strict=True):
+                for (row, problem), grade in zip(part, found, strict=True):
                     details = ifeval.details(problem, row["response"]) if config.dataset == "ifeval" else {}
                     sink.write(json.dumps(row | verdict(grade) | details) + "\n")
             part.clear()
 
-        for row in read(lines, config.dataset, problems):
+        for row in read_lines(lines, partial(_row, config.dataset), problems):
             part.append(row)
             if len(part) == LINES:
                 finish()
@@ -72,7 +61,7 @@ def grade_file(config: EnvConfig, source: Path, out: Path | None) -> tuple[list[
 
 def grade_rows(pool: GradingPool, rows: list[Row]) -> list[Grade]:
     """The verdicts; with a user's function its rewards, a call a row."""
-    problems, responses = [problem for _, _, problem in rows], [row["response"] for _, row, _ in rows]
+    problems, responses = [problem for _, problem in rows], [row["response"] for row, _ in rows]
     grades = pool.grade(problems, responses)
     if pool.reward_function is None:
         return grades
@@ -97,6 +86,9 @@ def summary(grades: list[Grade], problems: list[str]) -> str:
 
 
 def main() -> None:
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+        return
     arguments, config = parse_arguments(sys.argv[1:], {"responses": True, "out": False}, EnvConfig, "env")
     source = Path(arguments["responses"])
     if not source.is_file():

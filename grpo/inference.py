@@ -19,6 +19,7 @@ from typing import Protocol
 
 import numpy as np
 
+from grpo.config import RunConfig
 from grpo.rollout import Completions
 from grpo.weight_sync import Receipt
 
@@ -57,6 +58,36 @@ class EngineSpec:
     gpu_memory_utilization: float
     enforce_eager: bool
     tensor_parallel_size: int = 1
+
+
+def engine_spec(config: RunConfig, model: str, device: str) -> EngineSpec:
+    """The engine of a run with this configuration, for the model at `model` (a path or hub name) on `device`."""
+    inference = config.inference_model
+    return EngineSpec(
+        backend=inference.backend,
+        model=model,
+        device=device,
+        dtype="float32" if device == "cpu" else inference.dtype,
+        seed=config.seed,
+        max_concurrent=config.env.num_envs * config.env.repeats,
+        max_length=config.env.max_prompt_length + inference.max_tokens,
+        top_p=inference.top_p,
+        gpu_memory_utilization=inference.gpu_memory_utilization,
+        enforce_eager=inference.enforce_eager or device == "cpu",
+        tensor_parallel_size=inference.tensor_parallel_size,
+    )
+
+
+def engine_environment(spec: EngineSpec) -> dict[str, str]:
+    """Environment variables for an engine's process."""
+    if spec.backend != "vllm":
+        return {}
+    variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    if spec.device == "cpu":
+        variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    if spec.enforce_eager:
+        variables["TORCHDYNAMO_DISABLE"] = "1"
+    return variables
 
 
 class Engine(Protocol):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import psutil
 import torch
+from transformers import PreTrainedConfig
 
 from grpo import builtin
 from grpo.config import RunConfig
@@ -85,6 +86,18 @@ def resolve_device(device: str) -> str:
     return device
 
 
+def check_positions(config: RunConfig, model: PreTrainedConfig) -> int:
+    """The longest prompt and response in tokens; raises ConfigError where the model has fewer positions."""
+    length = config.env.max_prompt_length + config.inference_model.max_tokens
+    positions = getattr(model, "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise ConfigError(
+            f"env.max_prompt_length ({config.env.max_prompt_length}) + inference_model.max_tokens "
+            f"({config.inference_model.max_tokens}) must be at most the model's {positions} positions"
+        )
+    return length
+
+
 def make_plan(config: RunConfig) -> Plan:
     """Check the configuration against this machine; raises ConfigError in one line."""
     device = resolve_device(config.device)
@@ -101,13 +114,7 @@ def make_plan(config: RunConfig) -> Plan:
         raise ConfigError(f"model.name ({name}): the only built-in model is {builtin.NAME}")
     else:
         model = read_config(name)
-    length = config.env.max_prompt_length + config.inference_model.max_tokens
-    positions = getattr(model, "max_position_embeddings", None)
-    if positions is not None and length > positions:
-        raise ConfigError(
-            f"env.max_prompt_length ({config.env.max_prompt_length}) + inference_model.max_tokens "
-            f"({config.inference_model.max_tokens}) must be at most the model's {positions} positions"
-        )
+    length = check_positions(config, model)
     roles = {"trainer": config.train_model.num_devices, "inference": config.inference_model.num_devices}
     if config.num_references:
         roles["reference"] = config.num_references

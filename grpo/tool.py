@@ -1,12 +1,14 @@
-"""key=value arguments of the tools that are not runs: python -m grpo.grade, grpo.evaluate, grpo.generate."""
+"""What the tools that are not runs share (python -m grpo.grade, grpo.evaluate, grpo.generate): arguments and input lines."""
 
-from typing import TypeVar
+import json
+from collections.abc import Callable, Iterator
+from typing import IO, TypeVar
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from grpo.config import check_keys, readable
-from grpo.errors import ConfigError
+from grpo.errors import ConfigError, DataError, one_line
 
 T = TypeVar("T")
 
@@ -16,7 +18,17 @@ def parse_arguments(typed: list[str], own: dict[str, bool], section: type[T], na
 
     Raises ConfigError in one line for anything else.
     """
-    arguments, config = {}, OmegaConf.structured(section)
+    arguments, overrides = split_arguments(typed, own, (name,))
+    config = OmegaConf.create({name: OmegaConf.structured(section)})
+    override(config, overrides)
+    return arguments, OmegaConf.to_object(config[name])
+
+
+def split_arguments(
+    typed: list[str], own: dict[str, bool], sections: tuple[str, ...]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """The tool's `own` arguments (true: must be given), and what is typed for keys of the configuration's `sections`."""
+    arguments, overrides = {}, {}
     for item in typed:
         key, found, value = item.partition("=")
         if not found:
@@ -24,14 +36,51 @@ def parse_arguments(typed: list[str], own: dict[str, bool], section: type[T], na
         if key in own:
             arguments[key] = value
             continue
-        if not key.startswith(f"{name}."):
-            raise ConfigError(f"{key} is not an argument here: there are {', '.join(own)} and {name}.KEY")
+        if key.split(".")[0] not in sections or "." not in key:
+            keys = " and ".join(f"{section}.KEY" for section in sections)
+            raise ConfigError(f"{key} is not an argument here: there are {', '.join(own)} and {keys}")
         check_keys([key], [])
-        try:
-            OmegaConf.update(config, key.removeprefix(f"{name}."), OmegaConf.from_dotlist([f"x={value}"]).x)
-        except OmegaConfBaseException as error:
-            raise ConfigError(f"{key}: {readable(error)}") from None
+        overrides[key] = value
     missing = [key for key, needed in own.items() if needed and key not in arguments]
     if missing:
         raise ConfigError(f"{missing[0]}= is missing")
-    return arguments, OmegaConf.to_object(config)
+    return arguments, overrides
+
+
+def override(config: DictConfig, overrides: dict[str, str]) -> None:
+    """Set keys of `config` to typed values; raises ConfigError for one that cannot be read."""
+    for key, value in overrides.items():
+        try:
+            OmegaConf.update(config, key, OmegaConf.from_dotlist([f"x={value}"]).x)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{key}: {readable(error)}") from None
+
+
+def whole_number(arguments: dict[str, str], key: str, default: int | None, minimum: int) -> int | None:
+    """The tool's argument `key`; raises ConfigError where it is none, or below `minimum`."""
+    if key not in arguments:
+        return default
+    typed = arguments[key]
+    if not typed.isdecimal() or int(typed) < minimum:
+        raise ConfigError(f"{key} ({typed}) must be a whole number of at least {minimum}")
+    return int(typed)
+
+
+def read_lines(lines: IO[bytes], convert: Callable[[dict, str], T], faults: list[str]) -> Iterator[T]:
+    """What `convert` makes of the object on each line, and of the words that name the line.
+
+    What is wrong with the lines that it raises DataError for, or that are no JSON object, goes to `faults`.
+    """
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"line {number}"
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise DataError(f"{where}: is not a JSON object")
+            yield convert(row, where)
+        except DataError as error:
+            faults.append(one_line(error)[:300])
+        except (ValueError, RecursionError) as error:
+            faults.append(f"{where} is not JSON: {one_line(error)[:200]}")

@@ -1,11 +1,22 @@
+"""python -m grpo.evaluate up to the engines: what is asked, with which settings, and how answers are judged."""
+
+import json
+from pathlib import Path
+
 import numpy as np
+import pytest
 
 from grpo.builtin import make_tokenizer
-from grpo.evaluate import accuracy
+from grpo.config import RunConfig
+from grpo.errors import ConfigError, DataError
+from grpo.evaluate import OWN, SECTIONS, Question, accuracy, configure, fair_sample, judge, read_prompts
 from grpo.inference import Sampling
+from grpo.launch import compose
+from grpo.resume import write_config
 from grpo.rewards import Grade
 from grpo.rollout import Completions
 from grpo.tasks import EncodedProblems, Problem
+from grpo.tool import split_arguments, whole_number
 
 from .conftest import DirectGrading
 
@@ -32,3 +43,135 @@ def test_accuracy_is_the_share_of_right_greedy_responses():
     data = EncodedProblems([Problem("", answer) for answer in ("12", "1", "12", "2", "12")], [[i] for i in range(5)], 0)
     assert accuracy(Engines(), DirectGrading(Same()), data, tokenizer, 9) == {"accuracy": 0.6, "n": 5}
     assert asked == [(data.prompts, Sampling(num_responses=1, max_tokens=9, temperature=0.0))]
+
+
+def typed(*items: str) -> tuple[RunConfig, dict[str, str], Path]:
+    return configure(*split_arguments(list(items), dict.fromkeys(OWN, False), SECTIONS))
+
+
+def finished_run(folder: Path) -> Path:
+    """What a run leaves behind, as far as an evaluation reads it."""
+    write_config(compose("grpo_arithmetic", ["seed=5", "env.test_size=7"]), folder)
+    (folder / "model").mkdir()
+    return folder
+
+
+def test_a_run_is_evaluated_as_it_was_trained(tmp_path):
+    config, models, out = typed(f"run={finished_run(tmp_path)}")
+    assert (config.seed, config.env.test_size, config.inference_model.max_tokens) == (5, 7, 24)
+    assert models == {"before": "builtin/arithmetic", "after": f"{tmp_path}/model"}
+    assert out == tmp_path / "comparison.json"
+
+
+def test_what_is_typed_comes_on_top(tmp_path):
+    changes = ["seed=6", "device=cpu", "env.grading_processes=1", "inference_model.backend=transformers"]
+    config, _, out = typed(f"run={finished_run(tmp_path)}", *changes, f"out={tmp_path}/other.json")
+    assert (config.seed, config.device, config.env.grading_processes) == (6, "cpu", 1)
+    assert (config.inference_model.backend, config.env.test_size) == ("transformers", 7)
+    assert out == tmp_path / "other.json"
+
+
+def test_a_model_is_evaluated_with_the_settings_of_its_tasks_configuration():
+    config, models, out = typed("model=mine", "env.dataset=arithmetic")
+    assert (config.env.max_prompt_length, config.inference_model.max_tokens) == (32, 24)
+    assert (models, out) == ({"model": "mine"}, Path("evaluation.json"))
+    _, models, out = typed("model=mine", "base=theirs")
+    assert (models, out) == ({"before": "theirs", "after": "mine"}, Path("comparison.json"))
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        ([], "give either run=DIRECTORY or model=PATH"),
+        (["run={tmp}", "model=mine"], "give either run=DIRECTORY or model=PATH"),
+        (["run={tmp}/nothing"], r"run \(.*/nothing\): there is no run there: give the directory of one"),
+        (["run={tmp}"], r"run \(.*\) has no model/ yet, which is written at its end: go on with resume="),
+        (["run={tmp}", "base=theirs"], r"base \(theirs\) goes with model=PATH"),
+        (["model=mine", "out={tmp}/nowhere/x.json"], r"out \(.*\): there is no directory .*/nowhere"),
+        (["model=mine", "env.dataset=mine"], r"env.dataset \(mine\) has no config/grpo_mine.yaml to take settings from"),
+        (["model=mine", "train.epochs=2"], "train.epochs is not an argument here: there are run, model, .* and ray.KEY"),
+        (["model=mine", "env.datset=x"], "the nearest known key is env.dataset"),
+        (["model=mine", "seed=many"], "seed"),
+        (["model=mine", "device=tpu"], r"device \(tpu\) must be one of auto, cpu"),
+        (["model=mine", "inference_model.temperature=0"], r"inference_model.temperature \(0.0\) must be above 0"),
+        (["model=mine", "k"], "k: write key=value"),
+    ],
+)
+def test_wrong_arguments_end_in_one_line(items, message, tmp_path):
+    write_config(compose("grpo_arithmetic", []), tmp_path)
+    with pytest.raises(ConfigError, match=message) as raised:
+        typed(*(item.format(tmp=tmp_path) for item in items))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("value", "minimum"), [("many", 0), ("-1", 0), ("1.5", 0), ("", 0), ("0", 1)])
+def test_a_number_that_is_none_ends_in_one_line(value, minimum):
+    with pytest.raises(ConfigError, match=rf"^k \({value}\) must be a whole number of at least {minimum}$"):
+        whole_number({"k": value}, "k", 8, minimum)
+    assert whole_number({}, "k", 8, minimum) == 8
+    assert whole_number({"k": "3"}, "k", 8, minimum) == 3
+
+
+def write(path: Path, *lines: str | dict) -> Path:
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+def test_a_users_file_holds_rows_of_the_task_or_prompts_alone(tmp_path):
+    rows = {"question": "What is 2 + 2?", "answer": 4}, {"prompt": "Say hello."}, {"prompt": "What is 1 + 2?", "answer": "3"}
+    questions, faults = read_prompts(write(tmp_path / "mine.jsonl", *rows, ""), "arithmetic")
+    assert questions == [
+        Question(Problem("What is 2 + 2?", "4")),
+        Question(Problem("Say hello.", ""), graded=False),
+        Question(Problem("What is 1 + 2?", "3")),
+    ]
+    assert faults == []
+
+
+def test_bad_lines_are_reported_by_number_and_stop_nothing(tmp_path):
+    bad = ["nonsense", "[1]", {"prompt": 3}, {"prompt": " "}, {"answer": 4}, {"prompt": "What is it?", "answer": "four"}]
+    questions, faults = read_prompts(write(tmp_path / "mine.jsonl", {"prompt": "Say hello."}, *bad), "arithmetic")
+    assert [question.problem.question for question in questions] == ["Say hello."]
+    assert [fault.split(":")[0].split(" is")[0] for fault in faults] == [f"line {n}" for n in range(2, 8)]
+
+
+def test_a_file_without_a_usable_line_is_an_error(tmp_path):
+    for lines, message in [(["nonsense"], "has no line that can be used: line 1 is not JSON"), ([], "no line that can be")]:
+        with pytest.raises(DataError, match=message):
+            read_prompts(write(tmp_path / "mine.jsonl", *lines), "arithmetic")
+    with pytest.raises(ConfigError, match=r"prompts \(nowhere\): there is no such file"):
+        read_prompts(Path("nowhere"), "arithmetic")
+
+
+def said(*lengths: int) -> Completions:
+    n, total = len(lengths), sum(lengths)
+    return Completions(np.arange(n), np.array(lengths), np.ones(n, bool), *(np.zeros(total) for _ in range(3)))
+
+
+def test_each_response_is_graded_against_its_own_problem_and_prompts_alone_are_not():
+    questions = [Question(Problem("a", "1")), Question(Problem("hello", ""), graded=False), Question(Problem("b", "2"))]
+    sampled = ["1", "2", "x", "y", "2", "2"]
+    found = judge(questions, said(3, 4, 5), ["1", "hi", "3"], sampled, pool=DirectGrading(Same()))
+    assert [grade and grade.outcome for grade in found.grades] == ["correct", None, "wrong"]
+    assert [[grade.correct for grade in group] for group in found.samples] == [[True, False], [], [True, True]]
+    assert found.lengths == [3, 4, 5]
+    assert judge(questions, said(3, 4, 5), ["1", "hi", "3"], pool=DirectGrading(Same())).samples == [[], [], []]
+
+
+def test_a_users_function_gives_the_rewards_and_the_task_the_outcomes():
+    def length(prompts: list[str], responses: list[str], answers: list[str]) -> list[float]:
+        return [10 * len(prompts) + len(response) for response in responses]
+
+    found = judge([Question(Problem("a", "1"))], said(1), ["1"], ["1", "22"], pool=DirectGrading(Same(), length))
+    assert (found.rewards, found.right) == ([11], [True])
+    assert [grade.reward for grade in found.samples[0]] == [21, 22]  # one call for a problem's k samples
+    assert [grade.outcome for grade in found.samples[0]] == ["correct", "wrong"]
+
+
+def test_a_part_of_the_questions_is_a_fair_sample_in_their_order():
+    questions = [Question(Problem(str(i), "")) for i in range(1000)]
+    taken = [int(question.problem.question) for question in fair_sample(questions, 100)]
+    assert taken == sorted(set(taken)) and len(taken) == 100
+    assert 450 < np.mean(taken) < 550  # the first hundred would have 49.5
+    assert fair_sample(questions, 100) == fair_sample(questions, 100)
+    assert fair_sample(questions, None) == fair_sample(questions, 2000) == questions

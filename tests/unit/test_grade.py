@@ -108,3 +108,9 @@ def test_wrong_arguments_end_in_one_line(typed, message):
     with pytest.raises(ConfigError, match=message) as raised:
         parse_arguments(typed, {"responses": True, "out": False}, EnvConfig, "env")
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("tool", ["grade", "evaluate"])
+def test_help_is_the_modules_own_words(tool):
+    ended = subprocess.run([sys.executable, "-m", f"grpo.{tool}", "--help"], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0 and f"python -m grpo.{tool} " in ended.stdout

@@ -1,0 +1,132 @@
+"""Responses from an engine in a process of its own, without Ray: for the tools, which have one model at a time.
+
+    tool ──EngineSpec, prompts, parts──> process: make_engine; for each part: reseed, add, step while there is work
+         <──── ready, Completions as they finish ────
+
+The process ends with the tool, however that ends, and gives its memory back before the next model needs it.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+
+import psutil
+
+from grpo.errors import ActorError, UserError
+from grpo.inference import EngineSpec, Request, Sampling, engine_environment, make_engine
+from grpo.rollout import Completions
+
+
+@dataclass(frozen=True)
+class Part:
+    """One pass over the prompts; what it samples depends on its seed and the prompts alone."""
+
+    sampling: Sampling
+    seed: int
+
+
+def sample(
+    spec: EngineSpec, prompts: list[list[int]], parts: list[Part], start_timeout_s: float, timeout_s: float
+) -> list[Completions]:
+    """For each part the responses to `prompts`, in their order, K together.
+
+    Raises ActorError where the engine dies, is not up within `start_timeout_s` seconds, or finishes no response for
+    `timeout_s` seconds.
+    """
+    with _engine(spec, prompts, parts) as (process, connection):
+        receive = _Receiver(spec.model, process, connection)
+        receive("starting", start_timeout_s, "ray.start_timeout_s")
+        results = []
+        for part in parts:
+            finished, missing = [], len(prompts) * part.sampling.num_responses
+            while missing:
+                finished.append(receive(f"sampling responses to {len(prompts)} prompts", timeout_s, "ray.timeout_s"))
+                missing -= len(finished[-1])
+            results.append(Completions.concatenate(finished).in_request_order())
+        return results
+
+
+@contextmanager
+def _engine(spec: EngineSpec, prompts: list[list[int]], parts: list[Part]) -> Iterator[tuple]:
+    context = multiprocessing.get_context("spawn")
+    connection, other = context.Pipe()
+    process = context.Process(target=_serve, args=(other, spec, prompts, parts), name="engine")
+    with _environment(engine_environment(spec) | {"VLLM_LOGGING_LEVEL": "ERROR"}):  # its warnings are for every start alike
+        process.start()
+    other.close()
+    try:
+        yield process, connection
+    finally:
+        with suppress(psutil.NoSuchProcess):  # it may end by itself meanwhile
+            for child in psutil.Process(process.pid).children(recursive=True):  # of an engine on several GPUs
+                child.kill()
+        process.kill()
+        process.join()
+        connection.close()
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Have what starts meanwhile see `variables`: libraries read them while they are imported."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@dataclass(frozen=True)
+class _Receiver:
+    model: str
+    process: multiprocessing.Process
+    connection: Connection
+
+    def __call__(self, doing: str, timeout_s: float, key: str) -> Completions | None:
+        """The process's next message; `key` is the setting that holds `timeout_s`."""
+        if not self.connection.poll(timeout_s):
+            raise ActorError(
+                f"the engine of {self.model} did not answer within {timeout_s:g} s while {doing}; if that is no hang, "
+                f"raise {key}"
+            )
+        try:
+            message = self.connection.recv()
+        except (EOFError, ConnectionResetError):
+            self.process.join(1.0)
+            raise ActorError(
+                f"the engine of {self.model} died while {doing}, with exit code {self.process.exitcode}"
+            ) from None
+        if isinstance(message, UserError):
+            raise message
+        return message
+
+
+def _serve(connection: Connection, spec: EngineSpec, prompts: list[list[int]], parts: list[Part]) -> None:
+    """The process's life."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the tool's, which ends its engine
+    os.dup2(2, 1)  # the libraries' own words do not get between those of the tool, whose output may be read by a program
+    threading.Thread(target=_end_with_the_tool, daemon=True).start()
+    try:
+        engine = make_engine(spec)
+        connection.send(None)
+        for part in parts:
+            engine.reseed(part.seed)
+            for i, prompt in enumerate(prompts):
+                engine.add(Request(i, prompt, part.sampling))
+            while engine.has_work():
+                finished = engine.step()
+                if finished is not None:
+                    connection.send(finished)
+    except UserError as error:
+        connection.send(error)
+
+
+def _end_with_the_tool() -> None:
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)

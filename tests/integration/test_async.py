@@ -1,0 +1,88 @@
+"""The asynchronous loop on the real parts."""
+
+from collections import Counter
+
+import pytest
+
+import grpo_async
+from grpo.errors import RewardError
+from grpo.launch import compose
+
+from .conftest import SMALL, Finished, same_weights
+
+TRANSFORMERS = "inference_model.backend=transformers"
+ASYNC = ["mode=async", "train.total_dialog_turns=512"]
+
+
+@pytest.fixture
+def run_async(model_path, tmp_path_factory):
+    def run(*overrides: str) -> Finished:
+        run_dir = tmp_path_factory.mktemp("run")
+        grpo_async.main(compose("grpo_arithmetic", [*SMALL, *ASYNC, *overrides]), run_dir)
+        return Finished(run_dir)
+
+    return run
+
+
+def staleness(run: Finished, steps_per_push: int = 1) -> list[int]:
+    """Of each response: policy versions between its oldest token and the trainer that took a step on it."""
+    return [(line["step"] - 1) // steps_per_push - min(line["token_versions"]) for line in run.rollouts]
+
+
+def each_group_once(run: Finished, num_groups: int) -> bool:
+    return Counter(line["group_id"] for line in run.rollouts) == Counter({i: 8 for i in range(num_groups)})
+
+
+@pytest.mark.parametrize("setting", ["inference_model.backend=vllm", TRANSFORMERS])
+def test_a_bound_of_0_gives_exactly_the_synchronous_steps(run_async, run_sync, setting):
+    sizes = ["train.total_dialog_turns=256", "train.dialog_turns_per_batch=128", setting]
+    run = run_async(*sizes, "train.max_staleness=0")
+    assert same_weights(run, run_sync(*sizes))
+    assert run.summary["eval"]["before"]["n"] == 20
+    assert set(staleness(run, 2)) == {0}
+
+
+def test_no_rollout_is_older_than_the_bound_and_each_prompt_is_trained_on_once(run_async):
+    run = run_async("train.max_staleness=2")
+    assert [row["step"] for row in run.metrics] == list(range(1, 9))
+    assert [row["policy_version"] for row in run.metrics] == list(range(8))
+    assert each_group_once(run, 64)
+    assert max(staleness(run)) == 2
+    assert max(row["buffer/staleness_max"] for row in run.metrics) == 2
+    assert run.summary["policy_version"] == 8
+
+
+def test_pushes_at_their_own_frequency_and_several_epochs(run_async):
+    run = run_async(TRANSFORMERS, "train.weight_update_frequency=3", "train.epochs=2", "train.max_staleness=1")
+    assert [row["policy_version"] for row in run.metrics] == [step // 3 for step in range(16)]
+    assert run.summary["policy_version"] == 6  # the last one for the evaluation
+    assert each_group_once(run, 64)
+    for line in run.rollouts:  # the batch's last step is the one behind
+        assert line["step"] // 3 - min(line["token_versions"]) <= 1
+
+
+def test_two_ranks_two_engines_and_a_reference(run_async):
+    run = run_async("train_model.num_devices=2", "inference_model.num_devices=2", "train.kl_to_ref_coeff=0.1")
+    assert each_group_once(run, 64)
+    largest = 0.0
+    for line in run.rollouts:
+        pairs = zip(line["inference_log_probs"], line["log_probs"], line["token_versions"], strict=True)
+        largest = max([largest, *(abs(a - b) for a, b, version in pairs if version == line["step"] - 1)])
+    assert largest < 1e-5
+    assert run.metrics[-1]["train/kl_to_reference"] > 0
+
+
+def test_draining_ends_what_runs_under_the_weights_that_it_began_with(run_async):
+    run = run_async("train.max_staleness=3", "train.drain_before_push=true", "inference_model.max_tokens=24")
+    assert all(len(set(line["token_versions"])) == 1 for line in run.rollouts)
+
+
+def test_a_reward_function_that_fails_in_a_collector_ends_the_run_with_its_name(run_async, tmp_path):
+    (tmp_path / "rewards.py").write_text(
+        "def late(prompts, responses, answers):\n"
+        "    if responses != answers:\n"
+        "        raise ValueError('no such luck')\n"
+        "    return [0.0 for _ in responses]\n"
+    )
+    with pytest.raises(RewardError, match=r"could not be graded.*late.*no such luck"):
+        run_async(TRANSFORMERS, f"env.reward_fn={tmp_path}/rewards.py:late")
