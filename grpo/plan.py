@@ -160,10 +160,7 @@ def make_plan(config: RunConfig) -> Plan:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     busy = {role: count * (tensor_parallel if role == "inference" else 1) for role, count in roles.items()}
     # In turns each role has the cores for itself; otherwise engines sample while trainers optimise.
-    threads = {
-        role: max(1, cores // (n if config.mode == "sync" and config.train.sync_iter else sum(busy.values())))
-        for role, n in busy.items()
-    }
+    threads = {role: max(1, cores // (n if config.staleness_bound == 0 else sum(busy.values()))) for role, n in busy.items()}
     transport = config.train.weight_transport
     if transport == "auto":
         transport = "nccl" if sharing == 1 and config.inference_model.backend == "vllm" else "shared_memory"

@@ -108,7 +108,12 @@ def test_each_task_is_solved_now_and_then_and_trained_on(run_sync, model_path, t
     assert run.summary["eval"]["after"]["n"] == 2
 
 
-@pytest.mark.parametrize("name", ["gsm8k_train", "gsm8k_test", "ifeval_input_data"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "name", ["gsm8k_test", *(pytest.param(name, marks=SLOW) for name in ("gsm8k_train", "ifeval_input_data"))]
+)
 def test_the_published_files_train_as_they_are(run_sync, model_path, capfd, name):
     """The built-in model reads few of their characters and solves next to nothing: what is to hold is the way there."""
     path = SHARED / f"{name}.jsonl"
