@@ -30,6 +30,7 @@ from grpo.models import (
     checkpoint_gradients,
     export,
     full_parameters,
+    load_lora,
     load_model,
     load_tokenizer,
     score,
@@ -66,6 +67,7 @@ class TrainerSpec:
     optimizer: OptimizerConfig
     uses_reference: bool
     matmul_precision: str = "highest"
+    lora_path: str | None = None  # of adapters that are trained on
 
 
 class TrainerActor:
@@ -95,7 +97,9 @@ class TrainerActor:
         torch.manual_seed(spec.seed + rank)  # for LoRA's dropout; nothing else is random here
         # Loaded on the CPU and moved a layer at a time as it is sharded: a GPU never holds the whole model in float32.
         model = load_model(spec.model, torch.device("cpu"), spec.attn_implementation)
-        if spec.train_model.lora.enabled:
+        if spec.lora_path is not None:
+            model = load_lora(model, spec.lora_path)
+        elif spec.train_model.lora.enabled:
             model = add_lora(model, spec.train_model.lora, spec.seed)
         if spec.train_model.gradient_checkpointing:
             checkpoint_gradients(model)
@@ -106,6 +110,11 @@ class TrainerActor:
         self.scaler = torch.amp.GradScaler(device.type) if fp16 else None
         ramp = max(1, spec.optimizer.warmup_steps)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: min(1.0, (step + 1) / ramp))
+        self._prepare_loss()
+        return os.getpid()
+
+    def _prepare_loss(self) -> None:
+        spec = self.spec
         self.loss = partial(
             grpo_loss,
             clip_low=spec.objective.clip_low,
@@ -114,7 +123,6 @@ class TrainerActor:
             kl_to_inference_coeff=spec.train.kl_to_inference_coeff,
             entropy_coeff=spec.train.entropy_coeff,
         )
-        return os.getpid()
 
     def open_pushes(
         self, transport: str, dtype: str, num_receivers: int, timeout_s: float
@@ -176,7 +184,7 @@ class TrainerActor:
                 first_row += rows
         totals = torch.stack(list(sums.values()))
         dist.all_reduce(totals)
-        metrics = summarise(dict(zip(sums, totals.tolist(), strict=True)), responses)
+        metrics = self._summarise(dict(zip(sums, totals.tolist(), strict=True)), responses)
         metrics["train/lr"] = self.schedule.get_last_lr()[0]
         norm = self._optimise(math.isfinite(metrics["train/loss"])) if update else 0.0
         metrics["train/skipped_updates"] = float(not update)
@@ -210,6 +218,9 @@ class TrainerActor:
             batch["response_mask"],
         )
         return log_probs, loss, totals
+
+    def _summarise(self, sums: dict[str, float], responses: int) -> dict[str, float]:
+        return summarise(sums, responses)
 
     def _optimise(self, loss_is_finite: bool) -> float:
         """Take the step, or leave the weights where loss or gradients are not finite; returns the gradient norm."""
