@@ -143,6 +143,7 @@ def adapter_settings(path: str) -> PeftLoraConfig:
 def check_adapter(config: PreTrainedConfig, path: str) -> int:
     """The number of parameters of the adapters at `path`; ConfigError where they are not adapters of this architecture."""
     settings = adapter_settings(path)
+    settings.base_model_name_or_path = None  # peft warns where that is another, which shapes will tell
     try:
         with torch.device("meta"):
             model = get_peft_model(AutoModelForCausalLM.from_config(config), settings)

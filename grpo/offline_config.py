@@ -11,12 +11,16 @@ from hydra.core.config_store import ConfigStore
 from grpo.config import LoraConfig, ModelConfig, OptimizerConfig, RayConfig, SinksConfig, TrainModelConfig
 from grpo.rules import at_least, check, one_of
 
+AUTO = "auto"  # resume=auto
+
 
 @dataclass
 class OfflineObjectiveConfig:
     """KL(policy || target) over a group: which softmax the policy's is, and which one the scores'."""
 
-    log_prob: str = "sum"  # of a completion: the sum or the mean of its tokens' log-probs
+    # Of a completion: the sum or the mean of its tokens' log-probs. Sums of long completions are so far apart that the
+    # softmax is 1 for one of them, where there is no gradient: a higher temperature mends that.
+    log_prob: str = "mean"
     temperature: float = 1.0  # of the policy's softmax over the group
     target_temperature: float = 1.0  # of the scores' softmax; the lower, the more the best-scored completion is the target
 
@@ -77,7 +81,8 @@ class OfflineConfig:
     def __post_init__(self) -> None:
         one_of("mode", self.mode, ("offline",))
         one_of("device", self.device, ("auto", "cpu", "cuda", "mps"))
-        check(bool(self.data), "data", self.data, "must be a file of scored completions: data=FILE.jsonl")
+        own = self.data is not None or self.resume not in (None, AUTO)  # a resumed run has its own
+        check(own, "data", self.data, "must be a file of scored completions: data=FILE.jsonl")
         check(0 <= self.seed < 2**31, "seed", self.seed, "must be at least 0 and below 2^31")
         at_least("", self, 1, "batch_size", "num_epochs")
         at_least("", self, 2, "max_seq_length")

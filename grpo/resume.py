@@ -17,9 +17,8 @@ from yaml import YAMLError
 
 from grpo.config import RunConfig, from_dictconfig, known_keys, readable
 from grpo.errors import ConfigError
-from grpo.offline_config import OfflineConfig
+from grpo.offline_config import AUTO, OfflineConfig
 
-AUTO = "auto"
 # In a run directory: the configuration that the run has now, what says that it has ended, and whose it is.
 CONFIG, SUMMARY, LOCK = "config.yaml", "summary.json", ".lock"
 

@@ -136,7 +136,7 @@ def test_what_is_too_long_is_left_out_whole_and_counted():
 def test_an_epoch_has_each_group_once_and_depends_on_the_seed_and_its_number_alone():
     steps = list(batches_of(10, 4, num_epochs=3, seed=5))
     assert [len(batch) for batch in steps] == [4, 4, 2] * 3
-    epochs = [sum(steps[i : i + 3], []) for i in (0, 3, 6)]
+    epochs = [[*steps[i], *steps[i + 1], *steps[i + 2]] for i in (0, 3, 6)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
     assert list(batches_of(10, 4, 5, seed=5))[:9] == steps
