@@ -138,7 +138,7 @@ def test_a_run_that_is_killed_and_one_that_is_asked_to_end_go_on_exactly(model_p
     code, _ = ended(run_dir, command(scored, *STEPS, f"hydra.run.dir={run_dir}"), 8, signal.SIGKILL)
     assert code == -signal.SIGKILL
     assert newest(run_dir) is not None
-    resume = [sys.executable, "grpo_offline.py", f"resume={run_dir}", f"data={scored}"]
+    resume = [sys.executable, "grpo_offline.py", f"resume={run_dir}"]
     code, said = ended(run_dir, resume, 13, signal.SIGTERM)
     assert code == 75, said
     assert f"goes on with python grpo_offline.py resume={run_dir}" in said and "Traceback" not in said
