@@ -278,7 +278,7 @@ class TrainConfig:
 class OptimizerConfig:
     """The optimiser and its schedule: a linear ramp, then constant."""
 
-    name: str = "adamw"
+    name: str = "adamw"  # adamw_offload: weights, gradients and states in shards in the CPU's memory, stepped there
     lr: float = 1e-6
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.99)
@@ -286,7 +286,7 @@ class OptimizerConfig:
     clip_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        _one_of("optimizer.name", self.name, ("adamw", "adam", "sgd"))
+        _one_of("optimizer.name", self.name, ("adamw", "adamw_offload", "adam", "sgd"))
         _check(self.lr > 0 and math.isfinite(self.lr), "optimizer.lr", self.lr, "must be above 0")
         _at_least("optimizer", self, 0, "weight_decay", "warmup_steps")
         _check(self.clip_grad_norm > 0, "optimizer.clip_grad_norm", self.clip_grad_norm, "must be above 0")

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from tensordict import TensorDict
 
 from grpo.checkpoint import Checkpoint, CheckpointWriter
 from grpo.metrics import Clock, RunLog
@@ -121,11 +122,12 @@ class OfflineRun(Session):
         with self.clock.phase("eval"):
             for i in range(0, len(groups), self.config.batch_size):
                 batch = collate(groups[i : i + self.config.batch_size])
-                rows = batch.select("tokens", "prompt_length", "response_mask").flatten_keys()
-                rows = rows.apply(lambda tensor: tensor.flatten(0, 1), batch_size=[batch["score"].numel()])
-                log_probs = self.policy.score(rows).view(batch["tokens"].shape)
+                there = batch["response_length"] > 0
+                rows = {key: batch[key][there] for key in ("tokens", "prompt_length", "response_mask")}
+                log_probs = torch.zeros(batch["tokens"].shape)
+                log_probs[there] = self.policy.score(TensorDict(rows, batch_size=[int(there.sum())]))
                 values = sequence_log_probs(log_probs, batch["response_mask"], self.config.objective.log_prob)
-                right += float(ranks_best_first(values, batch["score"], batch["response_length"] > 0).sum())
+                right += float(ranks_best_first(values, batch["score"], there).sum())
         return {"accuracy": right / len(groups), "n": len(groups)}
 
     @property

@@ -107,7 +107,7 @@ def trainer_bytes(parameters: int, trained: int, has_adapters: bool, optimizer: 
     The copy is loaded, pushed or gathered.
     """
     weights, updated = parameters * FLOAT32, trained * FLOAT32
-    states = {"adamw": 2, "adam": 2, "sgd": 0}[optimizer]
+    states = {"adamw": 2, "adamw_offload": 2, "adam": 2, "sgd": 0}[optimizer]
     return (weights + updated * (has_adapters + 1 + states)) // ranks + weights
 
 

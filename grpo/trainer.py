@@ -45,8 +45,14 @@ from grpo.rollout import trim
 from grpo.transports import make_sender
 from grpo.weight_sync import Sent, one_thread
 
+
+def _adamw(parameters: list[torch.nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, betas=config.betas)
+
+
 OPTIMIZERS = {
-    "adamw": lambda p, c: torch.optim.AdamW(p, lr=c.lr, weight_decay=c.weight_decay, betas=c.betas),
+    "adamw": _adamw,
+    "adamw_offload": _adamw,  # `shard` puts what it works on in the CPU's memory
     "adam": lambda p, c: torch.optim.Adam(p, lr=c.lr, weight_decay=c.weight_decay, betas=c.betas),
     "sgd": lambda p, c: torch.optim.SGD(p, lr=c.lr, weight_decay=c.weight_decay),
 }
@@ -88,7 +94,9 @@ class TrainerActor:
         device = torch.device(spec.device)
         timeout = timedelta(seconds=timeout_s)
         store = self.store if rank == 0 else dist.TCPStore(*rendezvous, is_master=False, timeout=timeout)
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        offload = spec.optimizer.name == "adamw_offload"
+        on_gpu = "cpu:gloo,cuda:nccl" if offload else "nccl"  # gradients' norms meet where the gradients are
+        backend = on_gpu if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         self.writers = dist.new_group(backend="gloo")  # of checkpoints, whose collectives run beside training's
         mesh = init_device_mesh(device.type, (world_size,), mesh_dim_names=("fsdp",))
@@ -103,7 +111,7 @@ class TrainerActor:
             model = add_lora(model, spec.train_model.lora, spec.seed)
         if spec.train_model.gradient_checkpointing:
             checkpoint_gradients(model)
-        self.model = shard(model, mesh, DTYPES[spec.train.mixed_precision])
+        self.model = shard(model, mesh, DTYPES[spec.train.mixed_precision], offload)
         self.trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = OPTIMIZERS[spec.optimizer.name](self.trainable, spec.optimizer)
         fp16 = spec.train.mixed_precision == "fp16"  # whose small range gradients have to be scaled into

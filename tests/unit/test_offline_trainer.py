@@ -6,6 +6,7 @@ import pytest
 import ray
 import torch
 import torch.distributed as dist
+from tensordict import TensorDict
 from transformers import AutoModelForCausalLM
 
 from grpo.builtin import make_tokenizer
@@ -133,17 +134,36 @@ def test_micro_batches_and_groups_that_fill_up_take_the_same_step(make_trainer):
         assert largest_difference(after, results[0][1]) < 1e-6
 
 
+def test_offloaded_shards_take_the_same_steps_and_go_on_from_a_checkpoint(make_trainer, tmp_path):
+    results = {}
+    for name in ("adamw", "adamw_offload"):
+        trainer = make_trainer(optimizer=OptimizerConfig(name=name, lr=1e-2, weight_decay=0.1, clip_grad_norm=0.1))
+        start = weights(trainer)
+        step(trainer, GROUPS, [1, 2])
+        numbers = trainer.save(tmp_path / name)
+        trainer.saved(wait=True)
+        for _ in range(2):
+            step(trainer, GROUPS[::-1], [1, 2])
+        results[name] = weights(trainer)
+        trainer.load(tmp_path / name, numbers)
+        for _ in range(2):
+            step(trainer, GROUPS[::-1], [1, 2])
+        assert largest_difference(weights(trainer), results[name]) == 0
+    assert largest_difference(results["adamw"], results["adamw_offload"]) == 0
+    assert largest_difference(results["adamw"], start) > 1e-3
+
+
 def test_the_policys_scores_are_those_that_it_trains_on(make_trainer, model):
     batch = collate(GROUPS)
-    rows = batch.select("tokens", "prompt_length", "response_mask")
-    rows = rows.apply(lambda tensor: tensor.flatten(0, 1), batch_size=[12])
-    log_probs = make_trainer().score_policy(rows)
+    there = batch["response_length"] > 0
+    rows = {key: batch[key][there] for key in ("tokens", "prompt_length", "response_mask")}
+    log_probs = make_trainer().score_policy(TensorDict(rows, batch_size=[9]))
     group = GROUPS[0]
     tokens = torch.tensor([group.prompt + group.completions[2]])
     with torch.no_grad():
         expected = model(input_ids=tokens).logits[0, 2:7].log_softmax(-1).gather(-1, tokens[0, 3:8, None])[:, 0]
     assert torch.allclose(log_probs[2, 3:8], expected, atol=1e-5)
-    assert not log_probs[3].any()  # the fourth completion that the first group does not have
+    assert log_probs.shape == (9, 8) and not log_probs[2, :3].any()
 
 
 @pytest.mark.parametrize("of_gpt2", [False, True], ids=["qwen2", "gpt2"])
