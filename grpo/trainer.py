@@ -41,6 +41,7 @@ from grpo.models import (
     token_log_probs,
 )
 from grpo.objectives.grpo import grpo_loss, summarise
+from grpo.offline_config import OfflineObjectiveConfig, OfflineTrainConfig
 from grpo.rollout import trim
 from grpo.transports import make_sender
 from grpo.weight_sync import Sent, one_thread
@@ -68,8 +69,8 @@ class TrainerSpec:
     temperature: float
     seed: int
     train_model: TrainModelConfig
-    objective: ObjectiveConfig
-    train: TrainConfig
+    objective: ObjectiveConfig | OfflineObjectiveConfig
+    train: TrainConfig | OfflineTrainConfig
     optimizer: OptimizerConfig
     uses_reference: bool
     matmul_precision: str = "highest"

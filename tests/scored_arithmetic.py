@@ -1,7 +1,11 @@
-"""Scored completions made from the built-in task: K = 4 to a prompt, one of them right, scored by the task's own grader."""
+"""Scored completions made from the built-in task: K = 4 to a prompt, one of them right, scored by the task's own grader.
+
+python -m tests.scored_arithmetic FILE.jsonl [GROUPS]
+"""
 
 import json
 import random
+import sys
 from pathlib import Path
 
 from grpo.builtin import demonstration
@@ -40,3 +44,7 @@ def write_scored(path: Path, num_groups: int, seed: int = 0) -> Path:
     assert len(lines) == num_groups
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+if __name__ == "__main__":
+    write_scored(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 1000)
