@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from grpo.adapters import check_adapter
 from grpo.errors import ConfigError
-from grpo.models import check_adapter, num_adapter_parameters, num_parameters
+from grpo.models import num_adapter_parameters, num_parameters
 from grpo.offline_config import OfflineConfig
 from grpo.plan import find_architecture, num_cores, resolve_device, trainer_bytes
 from grpo.scored import hold_out, read_groups

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from grpo import trainer_state
+from grpo.adapters import load_lora
 from grpo.config import ObjectiveConfig, OptimizerConfig, TrainConfig, TrainModelConfig
 from grpo.errors import CheckpointError, TrainingError, one_line
 from grpo.models import (
@@ -30,7 +31,6 @@ from grpo.models import (
     checkpoint_gradients,
     export,
     full_parameters,
-    load_lora,
     load_model,
     load_tokenizer,
     score,

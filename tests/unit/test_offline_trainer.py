@@ -9,10 +9,11 @@ import torch.distributed as dist
 from tensordict import TensorDict
 from transformers import AutoModelForCausalLM
 
+from grpo.adapters import check_adapter
 from grpo.builtin import make_tokenizer
 from grpo.config import LoraConfig, OptimizerConfig, TrainModelConfig
 from grpo.errors import ConfigError
-from grpo.models import check_adapter, full_parameters, load_model, load_tokenizer
+from grpo.models import full_parameters, load_model, load_tokenizer
 from grpo.offline_config import OfflineObjectiveConfig, OfflineTrainConfig
 from grpo.offline_trainer import OfflineTrainerActor
 from grpo.scored import EncodedGroup, collate
