@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from grpo.errors import ConfigError, one_line
@@ -37,8 +37,11 @@ def check_adapter(config: PreTrainedConfig, path: str) -> int:
         expected = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(model).items()}
     except ValueError as error:  # a target that the architecture does not have
         raise ConfigError(f"lora_path ({path}) holds adapters of another model: {one_line(error)[:200]}") from None
-    with safe_open(Path(path) / "adapter_model.safetensors", "pt") as file:
-        there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    try:
+        with safe_open(Path(path) / "adapter_model.safetensors", "pt") as file:
+            there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    except SafetensorError as error:
+        raise ConfigError(f"lora_path ({path}): its adapter_model.safetensors is damaged: {one_line(error)[:200]}") from None
     for name in sorted(expected.keys() | there.keys()):
         if expected.get(name) != there.get(name):
             raise ConfigError(

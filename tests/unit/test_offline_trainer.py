@@ -203,6 +203,10 @@ def test_adapters_of_another_model_are_refused_by_name(make_trainer, model_path,
         assert "\n" not in str(raised.value)
     with pytest.raises(ConfigError, match=r"must be a directory with adapter_config.json"):
         check_adapter(smaller, str(tmp_path / "model"))
+    whole = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(ConfigError, match=r"its adapter_model.safetensors is damaged"):
+        check_adapter(load_model(model_path, CPU).config, adapter)
     (tmp_path / "adapter" / "adapter_config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"its adapter_config.json cannot be read"):
         check_adapter(smaller, adapter)
