@@ -4,9 +4,7 @@ Everything that can be wrong without an actor (configuration, machine, model, da
 starts.
 """
 
-import errno
 import gc
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
@@ -23,25 +21,27 @@ from transformers import PreTrainedTokenizerBase
 from grpo import builtin, tasks
 from grpo.admission import Admission
 from grpo.background import CollectorActor
-from grpo.checkpoint import Checkpoint, CheckpointWriter, newest
+from grpo.checkpoint import Checkpoint, CheckpointWriter
+from grpo.cluster import join_ranks, start_actors, start_ray
 from grpo.collect import Finish, GroupCollector, InferencePolicy, PromptEnv, PromptStream
 from grpo.config import RunConfig
 from grpo.errors import ConfigError, RewardError
-from grpo.grading import Failed, GradingPool
+from grpo.grading import Failed, GradingPool, grading_pool
 from grpo.inference import InferenceActor, Sampling, engine_environment, engine_spec
 from grpo.metrics import Clock, RunLog
 from grpo.models import check_files, load_tokenizer
 from grpo.plan import Plan, make_plan
 from grpo.pools import EnginePool, ReferencePool, TrainerPool, WeightPush, named
-from grpo.preemption import REQUEST, Preempted, listen
+from grpo.preemption import REQUEST, listen
 from grpo.reference import ReferenceActor
-from grpo.remote import LOOK_S, get, get_all
+from grpo.remote import LOOK_S, get_all
 from grpo.replay import GroupBuffer, make_replay_buffer
-from grpo.resume import CONFIG, SUMMARY, locked, write_config
+from grpo.resume import SUMMARY
 from grpo.rewards import load_reward_function
 from grpo.run import Run
 from grpo.run_async import AsyncRun
 from grpo.run_sync import SyncRun
+from grpo.session import claimed
 from grpo.trainer import TrainerActor, TrainerSpec
 
 
@@ -60,22 +60,13 @@ def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
     stream = PromptStream(len(data["train"].problems), config.seed)
     group_size, clock = config.env.repeats, Clock()
     with ExitStack() as closing:
-        closing.enter_context(locked(run_dir))
-        if config.resume is None and (run_dir / CONFIG).is_file():
-            raise ConfigError(f"{run_dir} holds a run already: type resume={run_dir}, or another hydra.run.dir")
-        resumed = newest(run_dir)
+        resumed = closing.enter_context(claimed(run_dir, config.resume))
         if resumed is not None:
             check_resume(resumed, config, data["train"])
-        limits = (
-            config.env.grading_timeout_s,
-            config.env.reward_fn,
-            config.env.reward_timeout_s,
-            config.env.grading_memory_gb,
-        )
-        grading = closing.enter_context(GradingPool(tasks.grader(config.env), config.env.grading_processes, *limits))
+        grading = closing.enter_context(grading_pool(config.env))
         check_reward_function(grading, data["train"].problems[:group_size])
         take_signals = closing.enter_context(listen(config.train.grace_s, config.train.max_wall_time))
-        _start_ray(config, plan, closing)
+        start_ray(config.ray, sum(plan.roles.values()), closing)
         take_signals()
         ranks, references, actors = _start_actors(config, plan, model)
         timeout_s = config.ray.timeout_s
@@ -128,18 +119,8 @@ def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
             writer=writer,
             resumed=resumed,
         )
-        write_config(config, run_dir)
-        (run_dir / SUMMARY).unlink(missing_ok=True)  # of the shorter run that is gone on with
-        try:
-            try:
-                yield run
-            except Preempted as stop:
-                stop.saved = run.save_and_end()
-                raise
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise writer.disk_error(f"metrics and rollouts could not be written to {run_dir}", error) from None
+        with run.kept():
+            yield run
 
 
 def check_reward_function(grading: GradingPool, problems: list[tasks.Problem]) -> None:
@@ -204,39 +185,16 @@ def load_data(config: RunConfig, task: tasks.Task, tokenizer: PreTrainedTokenize
     return data
 
 
-def _start_ray(config: RunConfig, plan: Plan, closing: ExitStack) -> None:
-    path = [str(Path(__file__).parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    ray.init(
-        address="local",
-        num_cpus=sum(plan.roles.values()),
-        object_store_memory=config.ray.object_store_memory,
-        _temp_dir=config.ray.temp_dir,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="error",
-        runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(path)}},
-    )
-    closing.callback(ray.shutdown)
-
-
 def _start_actors(
     config: RunConfig, plan: Plan, model: str
 ) -> tuple[list[ActorHandle], list[ActorHandle], list[ActorHandle]]:
     """Start the actors side by side and wait until each has its model: (training ranks, references, engines)."""
-    common = {}
-    if plan.device == "cpu":
-        # Large tensors come from the heap, which keeps its pages: faulting them in anew costs a push a third of its time.
-        common |= {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33), "MALLOC_ARENA_MAX": "1"}
-        # Idle OpenMP threads spin by default, on cores that other actors compute on: pushes took four times as long.
-        common |= {"GOMP_SPINCOUNT": "30000"}
 
     def start(role: str, cls: type, environment: dict[str, str], *arguments) -> list[ActorHandle]:
         if role not in plan.roles:
             return []
-        environment = common | environment | {"OMP_NUM_THREADS": str(plan.threads[role])}
         gpus = plan.gpus_per_process * (config.inference_model.tensor_parallel_size if role == "inference" else 1)
-        options = {"num_cpus": 1, "num_gpus": gpus, "runtime_env": {"env_vars": environment}}
-        return [ray.remote(**options)(cls).remote(*arguments) for _ in range(plan.roles[role])]
+        return start_actors(cls, plan.roles[role], plan.device, gpus, plan.threads[role], environment, *arguments)
 
     inference, attention = config.inference_model, config.model.attn_implementation
     spec = engine_spec(config, model, plan.device)
@@ -262,12 +220,7 @@ def _start_actors(
     trainers = start("trainer", TrainerActor, {}, trainer_spec)
     starting = named("inference", [actor.start.remote() for actor in engines])
     starting |= named("reference", [actor.start.remote() for actor in references])
-    timeout, key = config.ray.start_timeout_s, "ray.start_timeout_s"
-    rendezvous = get(trainers[0].open_rendezvous.remote(), timeout, "the first training actor", "starting", key)
-    ranks = [
-        actor.start.remote(rank, len(trainers), rendezvous, config.ray.timeout_s) for rank, actor in enumerate(trainers)
-    ]
-    get_all(starting | named("training", ranks), timeout, "starting", key)
+    join_ranks(trainers, config.ray, starting)
     return trainers, references, engines
 
 

@@ -19,10 +19,9 @@ import torch
 from ray.actor import ActorHandle
 from tensordict import TensorDict
 
-from grpo import tasks
 from grpo.collect import Finish, PromptEnv, PromptStream, graded_turn
 from grpo.config import RunConfig
-from grpo.grading import GradingPool
+from grpo.grading import grading_pool
 from grpo.metrics import Clock
 from grpo.models import load_tokenizer
 from grpo.pools import ReferencePool
@@ -65,10 +64,9 @@ class CollectorActor:
         reference = None
         if self.references:
             reference = ReferencePool(self.references, config.ray.timeout_s, "reference", Lock())
-        limits = env.grading_timeout_s, env.reward_fn, env.reward_timeout_s
         self.closing, self.lanes = ExitStack(), []
         for _ in range(env.grading_processes):
-            grading = self.closing.enter_context(GradingPool(tasks.grader(env), 1, *limits))
+            grading = self.closing.enter_context(grading_pool(env, num_workers=1))
             lane = BackgroundEnv((), grading, self.data, self.stream, tokenizer, Clock())
             self.lanes.append((lane, Finish(lane, reference, config.kl_in_reward)))
         return os.getpid()

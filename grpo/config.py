@@ -19,6 +19,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from grpo.admission import least_staleness
 from grpo.errors import ConfigError, one_line
+from grpo.rules import at_least as _at_least
+from grpo.rules import check as _check
+from grpo.rules import one_of as _one_of
 
 DEFAULT_STALENESS = 4  # of async mode: enough for engines that are as fast as the trainer to stay busy
 
@@ -31,22 +34,9 @@ RENAMED = {
     "train.beta": "train.kl_to_ref_coeff",
     "train.learning_rate": "optimizer.lr",
     "optimizer.learning_rate": "optimizer.lr",
+    "model_path": "model.name",
+    "dataset_path": "data",
 }
-
-
-def _check(rule_holds: bool, key: str, value: Any, rule: str) -> None:
-    if not rule_holds:
-        raise ConfigError(f"{key} ({value}) {rule}")
-
-
-def _at_least(section: str, config: Any, minimum: float, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _check(math.isfinite(value) and value >= minimum, f"{section}.{name}", value, f"must be at least {minimum}")
-
-
-def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
-    _check(value in allowed, key, value, f"must be one of {', '.join(allowed)}")
 
 
 @dataclass
@@ -305,7 +295,7 @@ class TrainConfig:
 class OptimizerConfig:
     """The optimiser and its schedule: a linear ramp, then constant."""
 
-    name: str = "adamw"
+    name: str = "adamw"  # adamw_offload: weights, gradients and states in shards in the CPU's memory, stepped there
     lr: float = 1e-6
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.99)
@@ -313,7 +303,7 @@ class OptimizerConfig:
     clip_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        _one_of("optimizer.name", self.name, ("adamw", "adam", "sgd"))
+        _one_of("optimizer.name", self.name, ("adamw", "adamw_offload", "adam", "sgd"))
         _check(self.lr > 0 and math.isfinite(self.lr), "optimizer.lr", self.lr, "must be above 0")
         _at_least("optimizer", self, 0, "weight_decay", "warmup_steps")
         _check(self.clip_grad_norm > 0, "optimizer.clip_grad_norm", self.clip_grad_norm, "must be above 0")
@@ -340,14 +330,20 @@ class RayConfig:
 
 
 @dataclass
-class LoggingConfig:
-    """What is written besides metrics.jsonl, which always is."""
+class SinksConfig:
+    """Where metrics go besides metrics.jsonl, which is always written."""
 
     progress: bool = True
     wandb: bool = False
     project: str = "grpo"
     run_name: str | None = None  # the run directory's name by default
     tensorboard: bool = False
+
+
+@dataclass
+class LoggingConfig(SinksConfig):
+    """What is written besides metrics.jsonl and rollouts.jsonl, which always are."""
+
     rollout_tokens: bool = False  # token ids, log-probs and versions in rollouts.jsonl too
 
 
@@ -562,24 +558,24 @@ def known_keys(cls: type = RunConfig, prefix: str = "") -> list[str]:
     return keys
 
 
-def check_keys(keys: list[str], groups: list[str]) -> None:
-    """Raise ConfigError for the first of `keys` that is neither a known key nor one of the config `groups`.
+def check_keys(keys: list[str], groups: list[str], cls: type = RunConfig) -> None:
+    """Raise ConfigError for the first of `keys` that is neither a key of `cls` nor one of the config `groups`.
 
     The message names the nearest known key.
     """
-    known = known_keys()
+    known = known_keys(cls)
     for key in keys:
         if key in known or key in groups or key.split(".")[0] == "hydra" or key.split("/")[0] == "hydra":
             continue
-        if key in RENAMED:
+        if RENAMED.get(key) in known:
             raise ConfigError(f"{key} is not a key of this program: use {RENAMED[key]}")
         same_name = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
         near = difflib.get_close_matches(key, same_name or known + groups, n=1, cutoff=0.0)
         raise ConfigError(f"unknown key {key}: the nearest known key is {near[0]}")
 
 
-def from_dictconfig(config: DictConfig) -> RunConfig:
-    """The composed configuration as checked objects; raises ConfigError in one line."""
+def from_dictconfig(config: DictConfig) -> Any:
+    """The composed configuration as checked objects of its own class; raises ConfigError in one line."""
     try:
         return OmegaConf.to_object(config)
     except OmegaConfBaseException as error:

@@ -28,7 +28,7 @@ from grpo import tasks
 from grpo.comparison import Answers, improvements, table
 from grpo.config import EnvConfig, RunConfig, from_dictconfig
 from grpo.errors import ConfigError, DataError, UserError, one_line
-from grpo.grading import GradingPool
+from grpo.grading import GradingPool, grading_pool
 from grpo.inference import Sampling, engine_spec
 from grpo.launch import CONFIG_DIR, compose
 from grpo.resume import CONFIG, read_config, write_whole
@@ -237,7 +237,6 @@ def main() -> None:
     k, limit = whole_number(arguments, "k", K, 0), whole_number(arguments, "max_samples", None, 1)
     config, models, out = configure(arguments, overrides)
     env, faults = config.env, []
-    grader = tasks.grader(env)
     if "prompts" in arguments:
         asked, faults = read_prompts(Path(arguments["prompts"]), env.dataset)
     for fault in faults:
@@ -248,7 +247,7 @@ def main() -> None:
     if "prompts" not in arguments:
         asked = [Question(problem) for problem in task.problems("test")[: env.test_size]]
     asked = fair_sample(asked, limit)
-    with GradingPool(grader, env.grading_processes, env.grading_timeout_s, env.reward_fn, env.reward_timeout_s) as pool:
+    with grading_pool(env) as pool:
         questions, answers = ask(config, models, asked, task, pool, k)
     result = report(config, models, questions, answers, k)
     result |= {"too_long": len(asked) - len(questions), "unreadable_lines": len(faults)}

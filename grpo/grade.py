@@ -16,7 +16,7 @@ from pathlib import Path
 from grpo import tasks
 from grpo.config import EnvConfig
 from grpo.errors import ConfigError, DataError, UserError, one_line
-from grpo.grading import Failed, GradingPool
+from grpo.grading import Failed, GradingPool, grading_pool
 from grpo.rewards import OUTCOMES, Grade
 from grpo.tasks import ifeval
 from grpo.tool import parse_arguments, read_lines
@@ -35,8 +35,7 @@ def _row(dataset: str, row: dict, where: str) -> Row:
 def grade_file(config: EnvConfig, source: Path, out: Path | None) -> tuple[list[Grade], list[str]]:
     """Grade every line of `source` into `out`; returns the verdicts, and what was wrong with the lines left out."""
     grades, problems = [], []
-    limits = config.grading_timeout_s, config.reward_fn, config.reward_timeout_s, config.grading_memory_gb
-    with GradingPool(tasks.grader(config), config.grading_processes, *limits) as pool, open(source, "rb") as lines:
+    with grading_pool(config) as pool, open(source, "rb") as lines:
         sink = open(out, "w") if out is not None else None  # noqa: SIM115
         part: list[Row] = []
 

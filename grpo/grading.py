@@ -19,6 +19,8 @@ from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from grpo import tasks
+from grpo.config import EnvConfig
 from grpo.errors import ActorError, one_line
 from grpo.rewards import Grade, apply_reward_function, load_reward_function
 from grpo.tasks import Grader, Problem
@@ -116,6 +118,12 @@ class GradingPool:
                         waiting.appendleft(worker.doing)
                 self.workers[i] = _Worker(self.context, self.arguments)
         return results
+
+
+def grading_pool(config: EnvConfig, num_workers: int | None = None) -> GradingPool:
+    """The pool that `config` describes; `num_workers` instead of env.grading_processes."""
+    limits = config.grading_timeout_s, config.reward_fn, config.reward_timeout_s, config.grading_memory_gb
+    return GradingPool(tasks.grader(config), num_workers or config.grading_processes, *limits)
 
 
 def _modules(grader: Grader) -> list[str]:

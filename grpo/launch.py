@@ -4,12 +4,14 @@ Hydra parses, composes and makes the run directory. Before it does, the override
 ends in one line, in a second or two, with nothing started and nothing written.
 """
 
+import importlib
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -22,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from grpo.config import RunConfig, check_keys, from_dictconfig, readable
 from grpo.errors import ConfigError, UserError, one_line
+from grpo.offline_config import OfflineConfig
 from grpo.preemption import GraceOver, Preempted
 from grpo.resume import find_run, resumed_config
 
@@ -29,14 +32,32 @@ CONFIG_DIR = Path(__file__).resolve().parent.parent / "config"
 EXIT_ERROR = 1
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved, and to be started again with resume=; job scripts requeue on it
 EXIT_INTERRUPTED = 130
-SCRIPTS = {"sync": "grpo_sync.py", "async": "grpo_async.py"}
 
 
-def compose(config_name: str, overrides: list[str]) -> RunConfig:
-    """The checked configuration of config/`config_name`.yaml with `overrides`; raises ConfigError in one line."""
+class Script(NamedTuple):
+    """What a mode is run by. The modules are imported once the keys are right, since that takes seconds."""
+
+    file: str
+    config: type
+    plan: str  # a module with `make_plan(config)`
+    parts: str  # what its main builds the run with
+
+
+SCRIPTS = {
+    "sync": Script("grpo_sync.py", RunConfig, "grpo.plan", "grpo_utils"),
+    "async": Script("grpo_async.py", RunConfig, "grpo.plan", "grpo_utils"),
+    "offline": Script("grpo_offline.py", OfflineConfig, "grpo.offline_plan", "grpo.offline"),
+}
+
+
+def compose(config_name: str, overrides: list[str], cls: type = RunConfig) -> Any:
+    """The checked configuration of config/`config_name`.yaml with `overrides`; raises ConfigError in one line.
+
+    Only keys of `cls` may be overridden.
+    """
     groups = sorted(path.name for path in CONFIG_DIR.iterdir() if path.is_dir())
     try:
-        check_keys([_parse(override).key_or_group for override in overrides], groups)
+        check_keys([_parse(override).key_or_group for override in overrides], groups, cls)
         with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             return from_dictconfig(hydra.compose(config_name, overrides=overrides))
     except (HydraException, OmegaConfBaseException, ValueError) as error:
@@ -71,7 +92,7 @@ def deferred_interrupt() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def launch(mode: str, default_config: str, main: Callable[[RunConfig, Path], None]) -> None:
+def launch(mode: str, default_config: str, main: Callable[[Any, Path], None]) -> None:
     """Run `main(config, run_dir)` under Hydra, or go on with the run that resume= means; the exit codes are above.
 
     User errors end in one line on stderr.
@@ -89,15 +110,14 @@ def launch(mode: str, default_config: str, main: Callable[[RunConfig, Path], Non
     except UserError as error:
         sys.exit(_report(error))
 
-    def run(config: RunConfig, run_dir: Path) -> None:
+    def run(config: Any, run_dir: Path) -> None:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # TorchRL imports vLLM here too
         try:
-            import grpo_utils  # noqa: F401  main needs it; importing it takes seconds
-
+            importlib.import_module(SCRIPTS[mode].parts)
             starting.close()
             main(config, run_dir)
         except Preempted as stop:
-            again = f"{SCRIPTS[mode]} resume={run_dir}"
+            again = f"{SCRIPTS[mode].file} resume={run_dir}"
             print(f"Ended by {stop} after saving {stop.saved}; it goes on with python {again}", file=sys.stderr)
             sys.exit(EXIT_PREEMPTED)
         except GraceOver as error:
@@ -120,7 +140,7 @@ def launch(mode: str, default_config: str, main: Callable[[RunConfig, Path], Non
     under_hydra()
 
 
-def _check(arguments, mode: str, default_config: str) -> tuple[RunConfig, Path] | None:
+def _check(arguments, mode: str, default_config: str) -> tuple[Any, Path] | None:
     """Raise ConfigError for what cannot work; returns the run to go on with, if that was asked for."""
     name = arguments.config_name or default_config
     if not (CONFIG_DIR / f"{name.removesuffix('.yaml')}.yaml").is_file():
@@ -129,7 +149,7 @@ def _check(arguments, mode: str, default_config: str) -> tuple[RunConfig, Path] 
     overrides = list(arguments.overrides)
     if arguments.multirun:  # a sweep's other values are checked when its jobs start
         overrides = [_first_of_sweep(override) for override in overrides]
-    config = compose(name, overrides)
+    config = compose(name, overrides, SCRIPTS[mode].config)
     typed = {parsed.key_or_group: parsed.value() for parsed in map(_parse, overrides)}
     run_dir, typed_dir = None, typed.get("hydra.run.dir")
     if config.resume is not None:
@@ -139,10 +159,9 @@ def _check(arguments, mode: str, default_config: str) -> tuple[RunConfig, Path] 
     if run_dir is not None:
         config = resumed_config(run_dir, list(typed), config)
     if config.mode != mode:
-        raise ConfigError(f"mode ({config.mode}) must be {mode} for {SCRIPTS[mode]}: use {SCRIPTS[config.mode]}")
-    from grpo.plan import make_plan  # here: torch is imported only once the keys are right
-
-    plan = make_plan(config)
+        script, other = SCRIPTS[mode].file, SCRIPTS[config.mode].file
+        raise ConfigError(f"mode ({config.mode}) must be {mode} for {script}: use {other}")
+    plan = importlib.import_module(SCRIPTS[mode].plan).make_plan(config)
     if config.dry_run:
         print(plan.describe(config))
         sys.exit(0)

@@ -21,6 +21,7 @@ from tensordict import TensorDict
 from tqdm import tqdm
 
 from grpo.config import RunConfig
+from grpo.offline_config import OfflineConfig
 from grpo.rewards import OUTCOMES
 
 METRICS = {
@@ -46,7 +47,7 @@ METRICS = {
     "rollout/equal_groups": "share of groups whose rewards are all equal: they teach nothing",
     "rollout/kl_penalty_mean": "mean of what the reference takes off a reward (kl_coef_in_loss=false)",
     "rollout/kl_penalty_std": "its standard deviation",
-    "train/loss": "the loss: mean over responses of the mean over their tokens",
+    "train/loss": "the loss: mean over responses of the mean over their tokens; offline: KL(policy || target), mean a group",
     "train/objective": "clipped surrogate a token",
     "train/kl_to_reference": "k3 estimate of KL(policy || reference), nats a token",
     "train/kl_to_reference_std": "its standard deviation over tokens",
@@ -56,6 +57,10 @@ METRICS = {
     "train/ratio_mean": "mean importance ratio of policy to inference policy",
     "train/ratio_std": "its standard deviation over tokens",
     "train/ess": "effective sample size of the ratios as a share of the tokens",
+    "train/ranking_accuracy": "offline: share of the batch's groups whose best-scored completion the policy ranks first",
+    "train/group_entropy": "offline: entropy of the policy's distribution over a group's completions, nats",
+    "train/target_entropy": "offline: entropy of the scores' distribution over them, nats",
+    "train/completion_log_prob": "offline: log-prob of the completions, nats a token",
     "train/grad_norm": "gradient norm before clipping",
     "train/lr": "learning rate",
     "train/skipped_updates": "1 where every advantage was 0 and the weights stayed",
@@ -68,7 +73,7 @@ METRICS = {
     "buffer/size": "async: finished groups that wait in the buffer when a batch was taken",
     "buffer/in_flight": "async: groups that were started and not finished then",
     "sync/probe_difference": "mean |trainer - engine| log-prob of a probe text after a push, the largest engine's, nats",
-    "eval/accuracy": "greedy accuracy on the validation split",
+    "eval/accuracy": "greedy accuracy on the validation split; offline: ranking accuracy on the held-out groups",
     "time/generate_s": "sampling responses",
     "time/reward_s": "grading them",
     "time/reference_s": "scoring them under the reference",
@@ -181,7 +186,16 @@ def rollout_lines(step: int, batch: TensorDict, log_probs: torch.Tensor | None) 
             row += 1
 
 
-LOGS = ("metrics.jsonl", "rollouts.jsonl")
+METRICS_FILE, ROLLOUTS_FILE = LOGS = ("metrics.jsonl", "rollouts.jsonl")
+# What the progress bar shows of a step, where it is there.
+SHOWN = {
+    "reward": "rollout/reward_mean",
+    "staleness": "buffer/staleness_max",
+    "kl": "train/kl_to_reference",
+    "loss": "train/loss",
+    "ranked": "train/ranking_accuracy",
+    "samples/s": "time/samples_per_s",
+}
 
 
 def _open_at(path: Path, position: int) -> IO[str]:
@@ -202,15 +216,25 @@ class RunLog:
     stand in its line.
     """
 
-    def __init__(self, run_dir: Path, run_config: RunConfig, position: dict | None = None) -> None:
-        """With `position`, what `self.position` was, everything written after it is taken back."""
+    def __init__(
+        self,
+        run_dir: Path,
+        run_config: RunConfig | OfflineConfig,
+        position: dict | None = None,
+        num_steps: int | None = None,
+        logs: tuple[str, ...] = LOGS,
+    ) -> None:
+        """With `position`, what `self.position` was, everything written after it is taken back.
+
+        `num_steps` of the run are those of its configuration where that knows them.
+        """
         config, self.frequency = run_config.logging, run_config.train.logging_frequency
         position = position or {"step": 0, "seconds": 0.0, "held": None, "files": {}, "wandb": secrets.token_hex(4)}
         self.held, self.start, self.last_step = position["held"], time.time() - position["seconds"], position["step"]
         self.wandb_id = position["wandb"]
-        self.metrics_file, self.rollouts_file = (_open_at(run_dir / name, position["files"].get(name, 0)) for name in LOGS)
+        self.files = {name: _open_at(run_dir / name, position["files"].get(name, 0)) for name in logs}
         self.bar = tqdm(
-            total=run_config.num_steps,
+            total=run_config.num_steps if num_steps is None else num_steps,
             initial=self.last_step,
             unit="step",
             disable=not config.progress,
@@ -241,32 +265,25 @@ class RunLog:
     @property
     def position(self) -> dict:
         """How far everything that is written is: what a resumed run goes on from."""
-        for file in (self.metrics_file, self.rollouts_file):
+        for file in self.files.values():
             file.flush()
             os.fsync(file.fileno())
         return {
             "step": self.last_step,
             "seconds": round(time.time() - self.start, 3),
             "held": None if self.held is None else dict(self.held),
-            "files": {name: file.tell() for name, file in zip(LOGS, (self.metrics_file, self.rollouts_file), strict=True)},
+            "files": {name: file.tell() for name, file in self.files.items()},
             "wandb": self.wandb_id,
         }
 
-    def step(self, step: int, policy_version: int, metrics: dict[str, float]) -> None:
-        """Take a step's metrics; the previous step's are written."""
+    def step(self, step: int, policy_version: int | None, metrics: dict[str, float]) -> None:
+        """Take a step's metrics; the previous step's are written. Without pushes there is no `policy_version`."""
         self.flush()
         self.last_step = step
-        self.held = {
-            "step": step,
-            "time_s": round(time.time() - self.start, 3),
-            "policy_version": policy_version,
-        } | metrics
+        version = {} if policy_version is None else {"policy_version": policy_version}
+        self.held = {"step": step, "time_s": round(time.time() - self.start, 3)} | version | metrics
         self.bar.update(1)
-        shown = {"reward": metrics["rollout/reward_mean"], "staleness": metrics["buffer/staleness_max"]}
-        if "train/kl_to_reference" in metrics:
-            shown["kl"] = metrics["train/kl_to_reference"]
-        shown["samples/s"] = metrics["time/samples_per_s"]
-        self.bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
+        self.bar.set_postfix({name: f"{metrics[metric]:.3g}" for name, metric in SHOWN.items() if metric in metrics})
 
     def add(self, metrics: dict[str, float]) -> None:
         """Add to the step last taken."""
@@ -276,18 +293,19 @@ class RunLog:
 
     def rollouts(self, step: int, batch: TensorDict, log_probs: torch.Tensor | None) -> None:
         for line in rollout_lines(step, batch, log_probs):
-            self.rollouts_file.write(json.dumps(line) + "\n")
+            self.files[ROLLOUTS_FILE].write(json.dumps(line) + "\n")
 
     def flush(self) -> None:
         """Write what is held."""
-        self.rollouts_file.flush()
+        if ROLLOUTS_FILE in self.files:
+            self.files[ROLLOUTS_FILE].flush()
         if self.held is None:
             return
         record, self.held = self.held, None
         unknown = record.keys() - METRICS.keys() - {"step", "time_s", "policy_version"}
         assert not unknown, f"metrics without a line in the table: {sorted(unknown)}"
-        self.metrics_file.write(json.dumps(record) + "\n")
-        self.metrics_file.flush()
+        self.files[METRICS_FILE].write(json.dumps(record) + "\n")
+        self.files[METRICS_FILE].flush()
         if record["step"] % self.frequency == 0 or "eval/accuracy" in record:
             points = {name: value for name, value in record.items() if name in METRICS}
             if self.wandb is not None:
@@ -302,12 +320,12 @@ class RunLog:
             self.close()
 
     def close(self) -> None:
-        if self.metrics_file.closed:
+        if self.files[METRICS_FILE].closed:
             return
         self.flush()
         self.bar.close()
-        self.metrics_file.close()
-        self.rollouts_file.close()
+        for file in self.files.values():
+            file.close()
         if self.wandb is not None:
             self.wandb.finish()
         if self.tensorboard is not None:

@@ -21,7 +21,7 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -172,17 +172,21 @@ def checkpoint_gradients(model: PreTrainedModel | PeftModel) -> None:
 
 
 def shard(
-    model: PreTrainedModel | PeftModel, mesh: DeviceMesh, dtype: torch.dtype = torch.float32
+    model: PreTrainedModel | PeftModel, mesh: DeviceMesh, dtype: torch.dtype = torch.float32, offload: bool = False
 ) -> PreTrainedModel | PeftModel:
     """Wrap `model` with FSDP2 in place, a shard group a decoder layer, which moves each to the mesh's device on its own.
+
+    With `offload` the shards stay in the CPU's memory, and so what an optimiser keeps of them: a layer is on the device
+    while it computes, its gradients go back.
 
     Passes are computed in `dtype`; parameters stay as they are and gradients are summed in float32. They are summed over
     ranks, not averaged: the loss is already divided by the count over all ranks. On gloo that needs forced sum reduction,
     on every module.
     """
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    home = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
     for module in [*decoder_layers(model), model]:
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+        fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=home)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -316,6 +320,7 @@ def _whole(parameter: torch.nn.Parameter) -> torch.Tensor:
     tensor = parameter.detach()
     if not isinstance(tensor, DTensor):
         return tensor
+    tensor = tensor.to(tensor.device_mesh.device_type)  # where offloaded shards are not
     return tensor.full_tensor() if tensor.device_mesh.size() > 1 else tensor.to_local()  # which copies nothing
 
 

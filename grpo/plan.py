@@ -98,10 +98,8 @@ def check_positions(config: RunConfig, model: PreTrainedConfig) -> int:
     return length
 
 
-def make_plan(config: RunConfig) -> Plan:
-    """Check the configuration against this machine; raises ConfigError in one line."""
-    device = resolve_device(config.device)
-    name = config.model.name
+def find_architecture(name: str, device: str) -> PreTrainedConfig:
+    """The transformers configuration of `model.name`; ConfigError where there is none, or it is too large for a CPU."""
     stated = re.search(r"(\d+(?:\.\d+)?)\s*[bB](?![a-zA-Z])", os.path.basename(name))
     if device == "cpu" and not os.path.isdir(name) and stated and float(stated.group(1)) * 1e9 >= LARGE:
         raise ConfigError(
@@ -109,24 +107,41 @@ def make_plan(config: RunConfig) -> Plan:
             "none: python grpo_sync.py --config-name grpo_arithmetic runs here"
         )
     if name == builtin.NAME:
-        model = builtin.make_config(builtin.Recipe(), builtin.make_tokenizer())
-    elif name.startswith("builtin/"):
+        return builtin.make_config(builtin.Recipe(), builtin.make_tokenizer())
+    if name.startswith("builtin/"):
         raise ConfigError(f"model.name ({name}): the only built-in model is {builtin.NAME}")
-    else:
-        model = read_config(name)
+    return read_config(name)
+
+
+def trainer_bytes(parameters: int, trained: int, has_adapters: bool, optimizer: str, ranks: int) -> int:
+    """What a training rank holds: weights, gradients and optimiser states in shards, and a full copy of the weights.
+
+    The copy is loaded, pushed or gathered.
+    """
+    weights, updated = parameters * FLOAT32, trained * FLOAT32
+    states = {"adamw": 2, "adamw_offload": 2, "adam": 2, "sgd": 0}[optimizer]
+    return (weights + updated * (has_adapters + 1 + states)) // ranks + weights
+
+
+def num_cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def make_plan(config: RunConfig) -> Plan:
+    """Check the configuration against this machine; raises ConfigError in one line."""
+    device = resolve_device(config.device)
+    model, name = find_architecture(config.model.name, device), config.model.name
     length = check_positions(config, model)
     roles = {"trainer": config.train_model.num_devices, "inference": config.inference_model.num_devices}
     if config.num_references:
         roles["reference"] = config.num_references
     parameters, lora = num_parameters(model), config.train_model.lora
     trained = num_adapter_parameters(model, lora) if lora.enabled else parameters
-    weights, updated = parameters * FLOAT32, trained * FLOAT32
-    adapters = updated if lora.enabled else 0
-    states = {"adamw": 2, "adam": 2, "sgd": 0}[config.optimizer.name]
+    weights = parameters * FLOAT32
     in_flight = config.env.num_envs * config.env.repeats
     memory = {
-        # Weights, gradients, optimiser states in shards, and a full copy that is loaded, pushed or gathered.
-        "trainer": (weights + adapters + updated * (1 + states)) // roles["trainer"] + weights,
+        "trainer": trainer_bytes(parameters, trained, lora.enabled, config.optimizer.name, roles["trainer"]),
         "inference": weights + kv_cache_bytes(model, in_flight * length, FLOAT32),
         "reference": parameters * DTYPES[config.train.mixed_precision].itemsize,
     }
@@ -157,7 +172,7 @@ def make_plan(config: RunConfig) -> Plan:
             f"model.name ({name}) needs about {needed / 2**30:.1f} GiB of memory and {there / 2**30:.1f} GiB are free: "
             "use a smaller model, or lower env.num_envs or inference_model.max_tokens"
         )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = num_cores()
     busy = {role: count * (tensor_parallel if role == "inference" else 1) for role, count in roles.items()}
     # In turns each role has the cores for itself; otherwise engines sample while trainers optimise.
     threads = {role: max(1, cores // (n if config.staleness_bound == 0 else sum(busy.values()))) for role, n in busy.items()}

@@ -31,14 +31,18 @@ def plot_run(run_dir: Path) -> list[Path]:
     axes = figure.add_subplot()
     _curve(axes, rows, "rollout/reward_mean", "mean reward of the responses", color="tab:blue")
     _curve(axes, rows, "rollout/accuracy", "accuracy of the responses (sampled)", color="tab:orange", alpha=0.7)
-    _curve(axes, rows, "eval/accuracy", "validation accuracy (greedy)", color="tab:green", marker="o", markersize=3)
+    offline = any("train/ranking_accuracy" in row for row in rows)
+    _curve(axes, rows, "train/ranking_accuracy", "ranking accuracy of the batch", color="tab:orange", alpha=0.7)
+    evaluated = "ranking accuracy on the held-out groups" if offline else "validation accuracy (greedy)"
+    _curve(axes, rows, "eval/accuracy", evaluated, color="tab:green", marker="o", markersize=3)
     before, after = summary["eval"]["before"], summary["eval"]["after"]
     if rows:
         ends = [0, rows[-1]["step"]]
-        label = f"test accuracy before and after (n={after['n']}): {before['accuracy']:.1%} to {after['accuracy']:.1%}"
+        label = f"held-out accuracy before and after (n={after['n']}): {before['accuracy']:.1%} to {after['accuracy']:.1%}"
         values = [before["accuracy"], after["accuracy"]]
         axes.scatter(ends, values, color="black", marker="*", s=90, zorder=3, label=label)
-    axes.set(xlabel="optimiser step", ylabel="share, or reward", title="Reward and accuracy")
+    title, unit = ("Ranking accuracy", "share") if offline else ("Reward and accuracy", "share, or reward")
+    axes.set(xlabel="optimiser step", ylabel=unit, title=title)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", fontsize="small")
     paths.append(folder / "reward_accuracy.png")

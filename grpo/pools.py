@@ -85,6 +85,8 @@ class EnginePool:
 class ReferencePool:
     """The reference actors, or the training ranks in their place; each scores a part of the batch."""
 
+    method = "score"  # of the actors
+
     def __init__(self, actors: list[ActorHandle], timeout_s: float, role: str, order: Lock) -> None:
         self.actors, self.timeout_s, self.role, self.order = actors, timeout_s, role, order
 
@@ -95,7 +97,7 @@ class ReferencePool:
         share = -(-len(rollouts) // len(self.actors))
         rows = torch.arange(share * len(self.actors)).clamp(max=len(rollouts) - 1)
         shares = [(rollouts[mine],) for mine in rows.split(share)]
-        calls = submit(self.actors, "score", shares, self.order)
+        calls = submit(self.actors, self.method, shares, self.order)
         doing = f"scoring {len(rollouts)} rollouts"
         return torch.cat(get_all(named(self.role, calls), self.timeout_s, doing, can_be_left=True))[: len(rollouts)]
 

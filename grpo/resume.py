@@ -17,11 +17,13 @@ from yaml import YAMLError
 
 from grpo.config import RunConfig, from_dictconfig, known_keys, readable
 from grpo.errors import ConfigError
+from grpo.offline_config import AUTO, OfflineConfig
 
-AUTO = "auto"
 # In a run directory: the configuration that the run has now, what says that it has ended, and whose it is.
 CONFIG, SUMMARY, LOCK = "config.yaml", "summary.json", ".lock"
 
+
+Config = RunConfig | OfflineConfig
 
 # What may be another in a resumed run, which is still the same run: keys, or sections.
 MAY_CHANGE = (
@@ -35,6 +37,7 @@ MAY_CHANGE = (
     "env.grading_timeout_s",
     "env.reward_timeout_s",
     "model.cache_dir",
+    "num_epochs",
     "inference_model.gpu_memory_utilization",
     "inference_model.num_devices",
     "inference_model.tensor_parallel_size",
@@ -63,16 +66,16 @@ MAY_CHANGE = (
 )
 
 
-def differences(before: RunConfig, now: RunConfig) -> list[str]:
-    """Keys that make another run of it, with both values: `key (before -> now)`."""
+def differences(before: Config, now: Config) -> list[str]:
+    """Keys that make another run of it, with both values: `key (before -> now)`; both must be of one class."""
     return [
         f"{key} ({key_value(before, key)} -> {key_value(now, key)})"
-        for key in known_keys()
+        for key in known_keys(type(before))
         if key_value(before, key) != key_value(now, key) and key not in MAY_CHANGE and key.split(".")[0] not in MAY_CHANGE
     ]
 
 
-def key_value(config: RunConfig, key: str) -> Any:
+def key_value(config: Config, key: str) -> Any:
     """What `config` has for `section.name`."""
     for name in key.split("."):
         config = getattr(config, name)
@@ -89,14 +92,17 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def write_config(config: RunConfig, run_dir: Path) -> None:
+def write_config(config: Config, run_dir: Path) -> None:
     now = asdict(config) | {"resume": None, "resume_force": False}
     write_whole(run_dir / CONFIG, OmegaConf.to_yaml(OmegaConf.create(now)))
 
 
-def read_config(run_dir: Path) -> RunConfig:
+def read_config(run_dir: Path) -> Config:
+    """The configuration of the run in `run_dir`, of the class that its mode says."""
     try:
-        return from_dictconfig(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(run_dir / CONFIG)))
+        written = OmegaConf.load(run_dir / CONFIG)
+        cls = OfflineConfig if written.get("mode") == "offline" else RunConfig
+        return from_dictconfig(OmegaConf.merge(OmegaConf.structured(cls), written))
     except (OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(f"{run_dir / CONFIG} cannot be read: {readable(error)}") from None
 
@@ -120,14 +126,16 @@ def _is_locked(run_dir: Path) -> bool:
         return True
 
 
-def resumed_config(run_dir: Path, typed: list[str], composed: RunConfig) -> RunConfig:
+def resumed_config(run_dir: Path, typed: list[str], composed: Config) -> Config:
     """The configuration of the run in `run_dir` with what `composed` has for the keys, or sections, that were `typed`.
 
     Raises ConfigError where they make another run of it and resume_force=true is not among them.
     """
     before = read_config(run_dir)
-    merged = OmegaConf.structured(RunConfig(**vars(before)))
-    for key in known_keys():
+    if type(before) is not type(composed):
+        raise ConfigError(f"resume ({run_dir}): that is a run of mode={before.mode}: go on with it by its own script")
+    merged = OmegaConf.structured(type(before)(**vars(before)))
+    for key in known_keys(type(before)):
         if any(key == name or key.startswith(f"{name}.") for name in typed):
             OmegaConf.update(merged, key, key_value(composed, key))
     config = from_dictconfig(merged)
@@ -140,7 +148,7 @@ def resumed_config(run_dir: Path, typed: list[str], composed: RunConfig) -> RunC
     return config
 
 
-def find_run(resume: str, run_dir: str | None, outputs: Path, config: RunConfig | None) -> Path | None:
+def find_run(resume: str, run_dir: str | None, outputs: Path, config: Config | None) -> Path | None:
     """The directory of the run that `resume` means; with `auto`, None where a new one is to start.
 
     `auto` means `run_dir` (what was typed as hydra.run.dir), or else the newest run under `outputs` of the same
@@ -155,6 +163,9 @@ def find_run(resume: str, run_dir: str | None, outputs: Path, config: RunConfig 
     newest_first = sorted(outputs.glob(f"*/*/{CONFIG}"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in newest_first:
         here = path.parent
-        if not (here / SUMMARY).exists() and not _is_locked(here) and not differences(read_config(here), config):
+        if (here / SUMMARY).exists() or _is_locked(here):
+            continue
+        found = read_config(here)
+        if type(found) is type(config) and not differences(found, config):
             return here
     return None

@@ -6,8 +6,7 @@ grpo/run_sync.py, grpo/run_async.py.
 
 import json
 import os
-import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,15 +16,15 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo.checkpoint import Checkpoint, CheckpointWriter
 from grpo.config import RunConfig
-from grpo.errors import RewardError, TrainingError
+from grpo.errors import RewardError
 from grpo.evaluate import accuracy
 from grpo.grading import GradingPool
 from grpo.metrics import Clock, RunLog, rollout_metrics
 from grpo.plot import plot_run
 from grpo.pools import EnginePool, TrainerPool, WeightPush
-from grpo.preemption import saved_in_time
 from grpo.resume import SUMMARY, write_whole
 from grpo.rewards import Grade
+from grpo.session import Session, is_due
 from grpo.tasks import EncodedProblems
 
 PROBE_TOKENS = 512  # of a probe text, at most
@@ -52,7 +51,7 @@ class Progress:
 
 
 @dataclass
-class Run(ABC):
+class Run(Session):
     """The parts of a run, and how far it is."""
 
     config: RunConfig
@@ -133,15 +132,6 @@ class Run(ABC):
         self._count_skipped(metrics)
         self.writer.poll()
 
-    def _count_skipped(self, metrics: dict[str, float]) -> None:
-        self.progress.skipped_in_a_row = self.progress.skipped_in_a_row + 1 if metrics.get("train/not_finite") else 0
-        if self.progress.skipped_in_a_row >= self.config.train.max_skipped_steps:
-            raise TrainingError(
-                f"loss or gradients were not finite in the last {self.progress.skipped_in_a_row} steps "
-                f"(train.max_skipped_steps), up to step {self.progress.num_steps}; the weights were left as they were: "
-                "look at rollouts.jsonl, or try a lower optimizer.lr"
-            )
-
     def push_weights(self) -> None:
         """Give the engines the trainer's weights as the next policy version, and evaluate where it is time to."""
         now = self.progress
@@ -153,7 +143,7 @@ class Run(ABC):
         if self.config.train.probe_frequency and now.policy_version % self.config.train.probe_frequency == 0:
             metrics["sync/probe_difference"] = self.push.probe(now.policy_version, self.probe)
         self.log.add(metrics)
-        now.evaluated = not _is_due(self.config.train.eval_frequency, now.num_steps - taken, now.num_steps)
+        now.evaluated = not is_due(self.config.train.eval_frequency, now.num_steps - taken, now.num_steps)
         if not now.evaluated:
             self._evaluate()
 
@@ -165,10 +155,6 @@ class Run(ABC):
         now.evaluations_since_best = 0 if is_best else now.evaluations_since_best + 1
         if is_best:
             now.best_accuracy, now.best_step = found, now.num_steps
-            self.save()
-
-    def _save_if_due(self, before: int) -> None:
-        if _is_due(self.config.train.checkpoint_frequency, before, self.progress.num_steps):
             self.save()
 
     @property
@@ -191,13 +177,6 @@ class Run(ABC):
             self.writer.start(self.progress.num_steps, state, collections, self.progress.best_step)
             self.saved = self._where
 
-    def save_and_end(self) -> str:
-        """Save the run as it is, and wait until that is done; returns the checkpoint's name."""
-        self.save()
-        self.writer.finish()
-        saved_in_time()
-        return self.writer.newest or self.resumed.path.name
-
     def evaluate(self, split: str) -> dict[str, float]:
         """Greedy accuracy of the engines' weights on a held-out split: {"accuracy", "n"}."""
         with self.clock.phase("eval"):
@@ -208,20 +187,6 @@ class Run(ABC):
     @abstractmethod
     def _eval_seed(self) -> int | None:
         """What the engines are seeded with before an evaluation; None where they are not idle."""
-
-    def _training_clock(self) -> float:
-        """Seconds that stand still during evaluations."""
-        return time.perf_counter() - self.clock.total["eval"]
-
-    @property
-    def _training_s(self) -> float:
-        """Seconds of training so far, those of the processes before this one too."""
-        here = 0.0 if self.started_s is None else self._training_clock() - self.started_s
-        return self.progress.training_s + here
-
-    def _start_clock(self) -> None:
-        self.clock.take()
-        self.started_s = self.stepped_s = self._training_clock()
 
     def finish(self) -> None:
         """Save, evaluate, export the model, write summary.json and the plots, and tell the user."""
@@ -250,8 +215,3 @@ class Run(ABC):
             f"Held-out accuracy on {after['n']} test problems: {before['accuracy']:.1%} before, "
             f"{after['accuracy']:.1%} after"
         )
-
-
-def _is_due(frequency: int, before: int, now: int) -> bool:
-    """Whether a multiple of `frequency` steps lies after step `before`, up to step `now`."""
-    return frequency > 0 and now // frequency > before // frequency

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from grpo import trainer_state
+from grpo.adapters import load_lora
 from grpo.config import ObjectiveConfig, OptimizerConfig, TrainConfig, TrainModelConfig
 from grpo.errors import CheckpointError, TrainingError, one_line
 from grpo.models import (
@@ -40,12 +41,19 @@ from grpo.models import (
     token_log_probs,
 )
 from grpo.objectives.grpo import grpo_loss, summarise
+from grpo.offline_config import OfflineObjectiveConfig, OfflineTrainConfig
 from grpo.rollout import trim
 from grpo.transports import make_sender
 from grpo.weight_sync import Sent, one_thread
 
+
+def _adamw(parameters: list[torch.nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, betas=config.betas)
+
+
 OPTIMIZERS = {
-    "adamw": lambda p, c: torch.optim.AdamW(p, lr=c.lr, weight_decay=c.weight_decay, betas=c.betas),
+    "adamw": _adamw,
+    "adamw_offload": _adamw,  # `shard` puts what it works on in the CPU's memory
     "adam": lambda p, c: torch.optim.Adam(p, lr=c.lr, weight_decay=c.weight_decay, betas=c.betas),
     "sgd": lambda p, c: torch.optim.SGD(p, lr=c.lr, weight_decay=c.weight_decay),
 }
@@ -61,11 +69,12 @@ class TrainerSpec:
     temperature: float
     seed: int
     train_model: TrainModelConfig
-    objective: ObjectiveConfig
-    train: TrainConfig
+    objective: ObjectiveConfig | OfflineObjectiveConfig
+    train: TrainConfig | OfflineTrainConfig
     optimizer: OptimizerConfig
     uses_reference: bool
     matmul_precision: str = "highest"
+    lora_path: str | None = None  # of adapters that are trained on
 
 
 class TrainerActor:
@@ -86,7 +95,9 @@ class TrainerActor:
         device = torch.device(spec.device)
         timeout = timedelta(seconds=timeout_s)
         store = self.store if rank == 0 else dist.TCPStore(*rendezvous, is_master=False, timeout=timeout)
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        offload = spec.optimizer.name == "adamw_offload"
+        on_gpu = "cpu:gloo,cuda:nccl" if offload else "nccl"  # gradients' norms meet where the gradients are
+        backend = on_gpu if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         self.writers = dist.new_group(backend="gloo")  # of checkpoints, whose collectives run beside training's
         mesh = init_device_mesh(device.type, (world_size,), mesh_dim_names=("fsdp",))
@@ -95,17 +106,24 @@ class TrainerActor:
         torch.manual_seed(spec.seed + rank)  # for LoRA's dropout; nothing else is random here
         # Loaded on the CPU and moved a layer at a time as it is sharded: a GPU never holds the whole model in float32.
         model = load_model(spec.model, torch.device("cpu"), spec.attn_implementation)
-        if spec.train_model.lora.enabled:
+        if spec.lora_path is not None:
+            model = load_lora(model, spec.lora_path)
+        elif spec.train_model.lora.enabled:
             model = add_lora(model, spec.train_model.lora, spec.seed)
         if spec.train_model.gradient_checkpointing:
             checkpoint_gradients(model)
-        self.model = shard(model, mesh, DTYPES[spec.train.mixed_precision])
+        self.model = shard(model, mesh, DTYPES[spec.train.mixed_precision], offload)
         self.trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = OPTIMIZERS[spec.optimizer.name](self.trainable, spec.optimizer)
         fp16 = spec.train.mixed_precision == "fp16"  # whose small range gradients have to be scaled into
         self.scaler = torch.amp.GradScaler(device.type) if fp16 else None
         ramp = max(1, spec.optimizer.warmup_steps)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: min(1.0, (step + 1) / ramp))
+        self._prepare_loss()
+        return os.getpid()
+
+    def _prepare_loss(self) -> None:
+        spec = self.spec
         self.loss = partial(
             grpo_loss,
             clip_low=spec.objective.clip_low,
@@ -114,7 +132,6 @@ class TrainerActor:
             kl_to_inference_coeff=spec.train.kl_to_inference_coeff,
             entropy_coeff=spec.train.entropy_coeff,
         )
-        return os.getpid()
 
     def open_pushes(
         self, transport: str, dtype: str, num_receivers: int, timeout_s: float
@@ -176,7 +193,7 @@ class TrainerActor:
                 first_row += rows
         totals = torch.stack(list(sums.values()))
         dist.all_reduce(totals)
-        metrics = summarise(dict(zip(sums, totals.tolist(), strict=True)), responses)
+        metrics = self._summarise(dict(zip(sums, totals.tolist(), strict=True)), responses)
         metrics["train/lr"] = self.schedule.get_last_lr()[0]
         norm = self._optimise(math.isfinite(metrics["train/loss"])) if update else 0.0
         metrics["train/skipped_updates"] = float(not update)
@@ -210,6 +227,9 @@ class TrainerActor:
             batch["response_mask"],
         )
         return log_probs, loss, totals
+
+    def _summarise(self, sums: dict[str, float], responses: int) -> dict[str, float]:
+        return summarise(sums, responses)
 
     def _optimise(self, loss_is_finite: bool) -> float:
         """Take the step, or leave the weights where loss or gradients are not finite; returns the gradient norm."""

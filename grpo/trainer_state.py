@@ -67,7 +67,7 @@ def _trained(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
 
 def _generators(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     states = {"cpu": torch.get_rng_state()}
-    if next(model.parameters()).device.type == "cuda":
+    if next(model.parameters()).device_mesh.device_type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state()
     return states
 

@@ -1,0 +1,83 @@
+"""What an offline run will use, worked out before anything starts: its data, device, processes, memory and steps."""
+
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from grpo.adapters import check_adapter
+from grpo.errors import ConfigError
+from grpo.models import num_adapter_parameters, num_parameters
+from grpo.offline_config import OfflineConfig
+from grpo.plan import find_architecture, num_cores, resolve_device, trainer_bytes
+from grpo.scored import hold_out, read_groups
+
+
+@dataclass(frozen=True)
+class OfflinePlan:
+    """The answer; completions that are too long are known only once there is a tokenizer."""
+
+    device: str
+    gpus_per_process: float
+    threads: int  # a rank
+    parameters: int
+    trained: int  # of them, or the adapters'
+    memory_bytes: int  # estimate a rank: weights, gradients and optimiser; activations come on top
+    num_groups: int  # to train on
+    num_held_out: int
+    num_completions: int  # of the largest group
+
+    def describe(self, config: OfflineConfig) -> str:
+        """What dry_run=true prints."""
+        gib, what = 2**30, "LoRA adapters" if config.has_adapters else "all"
+        passes = {"none": "float32", "bf16": "bfloat16", "fp16": "float16"}[config.train.mixed_precision]
+        steps = config.num_epochs * -(-self.num_groups // config.batch_size)
+        lines = [
+            f"device            {self.device}" + f", {self.gpus_per_process:.2g} GPU a process" * (self.device == "cuda"),
+            f"process           {config.train_model.num_devices} x trainer, about {self.memory_bytes / gib:.2f} GiB and "
+            f"{self.threads} threads each",
+            f"memory            for {self.parameters / 1e6:.1f} million parameters, activations not counted",
+            f"trained           {what}: {self.trained / 1e6:.3g} million parameters in float32, passes in {passes}",
+            f"data              {self.num_groups} groups to train on and {self.num_held_out} held out, of at most "
+            f"{self.num_completions} completions; those longer than {config.max_seq_length} tokens will be left out",
+            f"optimiser steps   {steps} of {config.batch_size} groups in {config.train.gradient_accumulation_steps} "
+            f"micro-batches a rank, {config.num_epochs} epochs",
+        ]
+        return "\n".join(lines)
+
+
+def make_plan(config: OfflineConfig) -> OfflinePlan:
+    """Check data and configuration against each other and this machine; raises ConfigError or DataError in one line."""
+    train, held_out = hold_out(read_groups(config.data), config.eval_share, config.seed)
+    device = resolve_device(config.device)
+    model, name = find_architecture(config.model.name, device), config.model.name
+    positions = getattr(model, "max_position_embeddings", None)
+    if positions is not None and config.max_seq_length > positions:
+        raise ConfigError(f"max_seq_length ({config.max_seq_length}) must be at most the model's {positions} positions")
+    parameters, lora, ranks = num_parameters(model), config.train_model.lora, config.train_model.num_devices
+    trained = parameters
+    if config.lora_path is not None:
+        trained = check_adapter(model, config.lora_path)
+    elif lora.enabled:
+        trained = num_adapter_parameters(model, lora)
+    memory = trainer_bytes(parameters, trained, config.has_adapters, config.optimizer.name, ranks)
+    gpus = torch.cuda.device_count() if device == "cuda" else 0
+    if device == "cuda" and ranks > gpus:
+        raise ConfigError(f"train_model.num_devices ({ranks}) must be at most this machine's {gpus} GPUs")
+    there = psutil.virtual_memory().available
+    if device == "cpu" and memory * ranks > there:
+        raise ConfigError(
+            f"model.name ({name}) needs about {memory * ranks / 2**30:.1f} GiB of memory and {there / 2**30:.1f} GiB are "
+            "free: use a smaller model, or train_model.lora.enabled=true"
+        )
+    return OfflinePlan(
+        device=device,
+        gpus_per_process=1.0 if gpus else 0.0,
+        threads=max(1, num_cores() // ranks),
+        parameters=parameters,
+        trained=trained,
+        memory_bytes=memory,
+        num_groups=len(train),
+        num_held_out=len(held_out),
+        num_completions=max(len(group.texts) for group in train + held_out),
+    )

@@ -1,0 +1,25 @@
+"""Offline training: completions that have scores already are ranked by the policy as their scores rank them."""
+
+from pathlib import Path
+
+from grpo.launch import launch
+from grpo.offline_config import OfflineConfig
+
+
+def train(run) -> None:
+    """The algorithm."""
+    for groups in run.batches():
+        run.step(groups)
+
+
+def main(config: OfflineConfig, run_dir: Path) -> None:
+    from grpo.offline import build  # here, so that a wrong key is answered before torch is imported
+
+    with build(config, run_dir) as run:
+        run.begin()
+        train(run)
+        run.finish()
+
+
+if __name__ == "__main__":
+    launch("offline", "grpo_offline", main)
