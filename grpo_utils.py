@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from threading import Lock
 
@@ -20,6 +21,7 @@ from ray.actor import ActorHandle
 from transformers import PreTrainedTokenizerBase
 
 from grpo import builtin, tasks
+from grpo.advantages import group_advantages
 from grpo.checkpoint import Checkpoint, CheckpointWriter, newest
 from grpo.collect import Finish, GroupCollector, InferencePolicy, PromptEnv, PromptStream
 from grpo.config import RunConfig
@@ -28,6 +30,8 @@ from grpo.grading import Failed, GradingPool
 from grpo.inference import EngineSpec, InferenceActor, Sampling
 from grpo.metrics import Clock, RunLog
 from grpo.models import check_files, load_tokenizer
+from grpo.objectives.divergences import ESTIMATES, k3
+from grpo.objectives.online import divisor
 from grpo.plan import Plan, make_plan
 from grpo.pools import EnginePool, ReferencePool, TrainerPool, WeightPush, named
 from grpo.preemption import REQUEST, Preempted, listen
@@ -73,7 +77,12 @@ def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
         engines = EnginePool(actors, timeout_s)
         train = config.train
         trainer = TrainerPool(
-            ranks, train.gradient_accumulation_steps, train.max_tokens_per_micro_batch, timeout_s, config.penalised
+            ranks,
+            train.gradient_accumulation_steps,
+            train.max_tokens_per_micro_batch,
+            timeout_s,
+            config.penalised,
+            divisor(config.objective.aggregation, config.inference_model.max_tokens),
         )
         push = connect(trainer, engines, plan.transport, config.inference_model.tensor_parallel_size, timeout_s)
         reference = None
@@ -81,6 +90,7 @@ def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
             reference = ReferencePool(references, timeout_s, "reference", Lock())
         elif config.uses_reference:  # the policy without its adapters
             reference = ReferencePool(ranks, timeout_s, "training", trainer.order)
+        old = ReferencePool(ranks, timeout_s, "training", trainer.order) if config.anchor == "old" else None
         background = ThreadPoolExecutor(1, thread_name_prefix="collect")
         closing.callback(_end_background, background)
         log = RunLog(run_dir, config, None if resumed is None else resumed.state["log"])
@@ -95,6 +105,7 @@ def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
             tokenizer=tokenizer,
             data=data,
             trainer=trainer,
+            old=old,
             engines=engines,
             push=push,
             collector=make_collector(config, env, engines, reference),
@@ -246,6 +257,7 @@ def _start_actors(
         config.train,
         config.optimizer,
         config.uses_reference,
+        config.diverges and config.train.kl_coef_in_loss,
         products,
     )
     trainers = start("trainer", TrainerActor, {}, trainer_spec)
@@ -301,7 +313,7 @@ def make_collector(
     config: RunConfig, env: PromptEnv, engines: EnginePool, reference: ReferencePool | None
 ) -> GroupCollector:
     """Everything between a prompt and a scored group."""
-    inference, train = config.inference_model, config.train
+    inference, train, objective = config.inference_model, config.train, config.objective
     sampling = Sampling(config.env.repeats, inference.max_tokens, inference.temperature, inference.top_p)
     kl_in_reward = 0.0 if train.kl_coef_in_loss or reference is None else train.kl_to_ref_coeff
     return GroupCollector(
@@ -309,5 +321,12 @@ def make_collector(
         policy=InferencePolicy(engines, env.data, sampling, config.seed, env.clock),
         dialog_turns_per_batch=train.dialog_turns_per_batch,
         total_dialog_turns=-1,  # the run counts
-        postproc=Finish(env, reference, kl_in_reward),
+        postproc=Finish(
+            env,
+            reference,
+            kl_in_reward,
+            ESTIMATES.get(objective.divergence, k3),
+            partial(group_advantages, scale=objective.advantage_scale, baseline=objective.baseline),
+            config.anchor == "reference",
+        ),
     )

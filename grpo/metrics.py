@@ -46,15 +46,23 @@ METRICS = {
     "rollout/equal_groups": "share of groups whose rewards are all equal: they teach nothing",
     "rollout/kl_penalty_mean": "mean of what the reference takes off a reward (kl_coef_in_loss=false)",
     "rollout/kl_penalty_std": "its standard deviation",
-    "train/loss": "the loss: mean over responses of the mean over their tokens",
-    "train/objective": "clipped surrogate a token",
+    "rollout/gradient_groups": "share of groups with an advantage: the others carry no gradient of the policy loss",
+    "train/loss": "the loss, averaged as objective.aggregation has it",
+    "train/objective": "what the policy loss raises, a token: the clipped surrogate, or weight x advantage x log-prob",
+    "train/penalty": "what objective.divergence charges a token, before its coefficient",
+    "train/over_margin": "share of tokens in responses beyond kl_margin or ot_target, which alone are charged",
+    "train/transport": "transport cost of a response's hidden states to the anchor's, mean over tokens (divergence=ot)",
     "train/kl_to_reference": "k3 estimate of KL(policy || reference), nats a token",
     "train/kl_to_reference_std": "its standard deviation over tokens",
     "train/kl_to_inference": "k1 estimate of KL(inference || policy), nats a token",
     "train/entropy": "entropy of the next-token distribution, nats",
     "train/clip_fraction": "share of tokens where the clip binds",
+    "train/clip_fraction_low": "share of tokens where its lower bound does",
+    "train/clip_fraction_high": "share of tokens where its upper bound does",
+    "train/gradient_tokens": "share of tokens that carry the policy loss's gradient: an advantage, and not clipped off",
     "train/ratio_mean": "mean importance ratio of policy to inference policy",
     "train/ratio_std": "its standard deviation over tokens",
+    "train/ratio_max": "the largest",
     "train/ess": "effective sample size of the ratios as a share of the tokens",
     "train/grad_norm": "gradient norm before clipping",
     "train/lr": "learning rate",
@@ -108,6 +116,7 @@ def rollout_metrics(batch: TensorDict, trainer_version: int) -> dict[str, float]
     length = batch["response_length"].float()
     grades = [grade for record in batch["records"] for grade in record.grades]
     equal = [len({grade.reward for grade in record.grades}) == 1 for record in batch["records"]]
+    sizes = [len(record.grades) for record in batch["records"]]
     staleness = (trainer_version - batch["policy_version"]).float()
     outcomes = Counter(grade.outcome for grade in grades)
 
@@ -133,6 +142,7 @@ def rollout_metrics(batch: TensorDict, trainer_version: int) -> dict[str, float]
         "rollout/groups": len(batch["records"]),
         "rollout/group_size_mean": len(grades) / len(batch["records"]),
         "rollout/equal_groups": sum(equal) / len(equal),
+        "rollout/gradient_groups": sum(part.any().item() for part in advantage.split(sizes)) / len(sizes),
         "buffer/staleness_max": staleness.max(),
         "buffer/staleness_mean": staleness.mean(),
     }

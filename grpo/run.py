@@ -30,7 +30,7 @@ from grpo.evaluate import accuracy
 from grpo.grading import GradingPool
 from grpo.metrics import Clock, RunLog, rollout_metrics
 from grpo.plot import plot_run
-from grpo.pools import EnginePool, TrainerPool, WeightPush
+from grpo.pools import EnginePool, ReferencePool, TrainerPool, WeightPush
 from grpo.preemption import REQUEST, saved_in_time
 from grpo.replay import refill
 from grpo.resume import SUMMARY, write_whole
@@ -68,6 +68,7 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     data: dict[str, EncodedProblems]  # by split
     trainer: TrainerPool
+    old: ReferencePool | None  # the training ranks, where the policy is compared with what it was
     engines: EnginePool
     push: WeightPush
     collector: GroupCollector
@@ -156,9 +157,21 @@ class Run:
 
     def batches(self, rollouts: TensorDict) -> Iterator[TensorDict]:
         """train.epochs passes over `rollouts` [G] in optimiser batches [B]; a resumed run leaves out what it has done."""
+        if self.old is not None and self.progress.steps_of_collection == 0:
+            with self.clock.phase("train"):
+                self._anchor(rollouts)
         refill(self.replay_buffer, rollouts, [self.config.seed, self.progress.position])
         batches = chain.from_iterable(self.replay_buffer for _ in range(self.config.train.epochs))
         yield from islice(batches, self.progress.steps_of_collection, None)
+
+    def _anchor(self, rollouts: TensorDict) -> None:
+        """Have `rollouts` [G] hold the hidden states that the policy has before the collection's first step."""
+        keys = ("tokens", "prompt_length", "response_mask")
+        rows = TensorDict(
+            {key: rollouts[key].flatten(0, 1) for key in keys}, batch_size=[rollouts["tokens"][..., 0].numel()]
+        )
+        _, states = self.old.own_states(rows)
+        rollouts["anchor_states"] = states.unflatten(0, rollouts["tokens"].shape[:2])
 
     def _wait_for_collection(self) -> TensorDict:
         with self.clock.phase("wait"):

@@ -93,6 +93,7 @@ def trainers(model_path: str, ranks: int, train_model: TrainModelConfig, optimiz
         TrainConfig(kl_to_ref_coeff=0.1, entropy_coeff=0.01, **train),
         optimizer,
         uses_reference=True,
+        charges_divergence=True,
     )
     actors = [ray.remote(num_cpus=1)(Rewinding).remote(spec) for _ in range(ranks)]
     rendezvous = ray.get(actors[0].open_rendezvous.remote(), timeout=120)
