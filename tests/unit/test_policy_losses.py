@@ -152,7 +152,7 @@ def gradients(rows: dict[str, torch.Tensor], *kind: str) -> tuple[float, list[to
     leaves = [rows[key].clone().requires_grad_() for key in ("log_probs", "entropy", "states")]
     loss, sums, maxima = loss_of(rows | dict(zip(("log_probs", "entropy", "states"), leaves, strict=True)), *kind)
     found = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
-    return float(loss), list(found), {k: float(v) for k, v in sums.items()}, {k: float(v) for k, v in maxima.items()}
+    return loss.item(), list(found), {k: float(v) for k, v in sums.items()}, {k: float(v) for k, v in maxima.items()}
 
 
 # Every policy loss with every aggregation; every penalty with one of them.
