@@ -66,17 +66,20 @@ class ReferencePool:
 
     def score_with_states(self, rollouts: TensorDict) -> tuple[torch.Tensor, torch.Tensor]:
         """The same and anchor_states, float16 [B, T, D]."""
-        return self._both("score_with_states", rollouts)
+        return self._both(self._ask("score_with_states", rollouts), len(rollouts))
 
     def own_states(self, rollouts: TensorDict) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probs and anchor_states under the policy as it is, of training ranks alone."""
-        return self._both("own_states", rollouts)
+        """Log-probs and anchor_states under the policy as it is, of training ranks alone.
 
-    def _both(self, method: str, rollouts: TensorDict) -> tuple[torch.Tensor, torch.Tensor]:
-        log_probs, states = (torch.cat(column)[: len(rollouts)] for column in zip(*self._ask(method, rollouts), strict=True))
+        It is a part of training: the collection is taken already, and would be lost to a run that ended here.
+        """
+        return self._both(self._ask("own_states", rollouts, can_be_left=False), len(rollouts))
+
+    def _both(self, answers: list, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        log_probs, states = (torch.cat(column)[:length] for column in zip(*answers, strict=True))
         return log_probs, states
 
-    def _ask(self, method: str, rollouts: TensorDict) -> list:
+    def _ask(self, method: str, rollouts: TensorDict, can_be_left: bool = True) -> list:
         rollouts = rollouts.select("tokens", "prompt_length", "response_mask")
         # Equal shares, the last row again where there are too few: training ranks must all run the same passes.
         share = -(-len(rollouts) // len(self.actors))
@@ -84,7 +87,7 @@ class ReferencePool:
         shares = [(rollouts[mine],) for mine in rows.split(share)]
         calls = submit(self.actors, method, shares, self.order)
         doing = f"scoring {len(rollouts)} rollouts"
-        return get_all(named(self.role, calls), self.timeout_s, doing, can_be_left=True)
+        return get_all(named(self.role, calls), self.timeout_s, doing, can_be_left=can_be_left)
 
 
 def submit(actors: list[ActorHandle], method: str, arguments: list[tuple], order: Lock) -> list[ObjectRef]:
