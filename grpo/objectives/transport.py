@@ -45,6 +45,20 @@ def _costs(x: torch.Tensor, y: torch.Tensor, x_mask: torch.Tensor, y_mask: torch
     return Band(values, near & there, window)
 
 
+def _turned(band: Band) -> Band:
+    """The transposed matrix: a block of its rows is what three neighbouring blocks have in that block's columns."""
+    size = max(band.window, 1)
+
+    def turn(values: torch.Tensor) -> torch.Tensor:
+        if band.window == 0:
+            return values
+        before, here, after = values.unflatten(-1, (3, size)).flip(-2).unbind(-2)
+        edge = torch.zeros_like(here[:, :1])
+        return torch.cat([torch.cat([edge, before[:, :-1]], 1), here, torch.cat([after[:, 1:], edge], 1)], 2).mT
+
+    return Band(turn(band.values), turn(band.allowed), band.window)
+
+
 def _scaled(costs: Band, potential: torch.Tensor, epsilon: float) -> torch.Tensor:
     """log of exp(-C / epsilon) times the column's factor, [B, N, S, S + 2 W]; `potential` [B, N S] is the factor's log."""
     beside = _neighbours(potential, costs.window, max(costs.window, 1), 0.0)[:, :, None]
@@ -71,7 +85,8 @@ def sinkhorn(
     more = -width % max(window, 1)
     x, y = (pad(normalize(states, dim=-1), (0, 0, 0, more)) for states in (x, y))
     x_mask, y_mask = (pad(mask, (0, more)) for mask in (x_mask, y_mask))
-    costs, turned = _costs(x, y, x_mask, y_mask, window), _costs(y, x, y_mask, x_mask, window)
+    costs = _costs(x, y, x_mask, y_mask, window)
+    turned = _turned(costs)
     share_x, share_y = (-mask.sum(1, keepdim=True).to(x.dtype).log() for mask in (x_mask, y_mask))
     u = v = torch.zeros_like(x[..., 0])
     for _ in range(iterations):
