@@ -5,6 +5,7 @@ It loads, moves, calls the objective, and steps; the mathematics is in grpo/obje
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -73,6 +74,21 @@ class TrainerSpec:
     matmul_precision: str = "highest"
 
 
+def make_penalty(objective: ObjectiveConfig) -> Callable[..., dict[str, torch.Tensor]]:
+    """The penalty of `objective.divergence`: of hidden states with ot, else of log-probs."""
+    if objective.divergence == "ot":
+        return partial(
+            transport_penalty,
+            target=objective.ot_target,
+            window=objective.ot_window,
+            epsilon=objective.ot_epsilon,
+            iterations=objective.ot_iterations,
+        )
+    if objective.divergence == "kl":
+        return partial(kl_penalty, margin=objective.kl_margin)
+    return partial(token_penalty, estimate=ESTIMATES[objective.divergence])
+
+
 def _over_ranks(values: dict[str, torch.Tensor], how: dist.ReduceOp.RedOpType) -> dict[str, float]:
     """Sums or maxima over all ranks, which have the same names in the same order."""
     stacked = torch.stack(list(values.values()))
@@ -129,6 +145,7 @@ class TrainerActor:
             kl_to_inference_coeff=spec.train.kl_to_inference_coeff,
             entropy_coeff=spec.train.entropy_coeff,
         )
+        self.penalty = make_penalty(objective)
         self.compares_states = spec.charges_divergence and objective.divergence == "ot"
         return os.getpid()
 
@@ -219,25 +236,13 @@ class TrainerActor:
         if self.spec.train.entropy_coeff == 0:
             entropy = entropy.detach()  # a metric only
         reference_log_probs = batch["reference_log_probs"] if self.spec.uses_reference else None
-        penalty, objective = None, self.spec.objective
+        penalty = None
         if self.compares_states:
-            penalty = transport_penalty(
-                states,
-                batch["anchor_states"][:, first:],
-                mask[:, first:],
-                target=objective.ot_target,
-                window=objective.ot_window,
-                epsilon=objective.ot_epsilon,
-                iterations=objective.ot_iterations,
-            )
-        elif self.spec.charges_divergence and objective.divergence == "kl":
-            penalty = kl_penalty(log_probs, reference_log_probs, mask, margin=objective.kl_margin)
+            penalty = self.penalty(states, batch["anchor_states"][:, first:], mask[:, first:])
         elif self.spec.charges_divergence:
-            penalty = token_penalty(log_probs, reference_log_probs, mask, estimate=ESTIMATES[objective.divergence])
-        inference_log_probs, advantages = batch["inference_log_probs"], batch["advantage"]
-        loss, totals, largest = self.loss(
-            log_probs, entropy, inference_log_probs, reference_log_probs, advantages, mask, penalty
-        )
+            penalty = self.penalty(log_probs, reference_log_probs, mask)
+        compared = batch["inference_log_probs"], reference_log_probs
+        loss, totals, largest = self.loss(log_probs, entropy, *compared, batch["advantage"], mask, penalty)
         return log_probs, loss, totals, largest
 
     def _optimise(self, loss_is_finite: bool) -> float:
