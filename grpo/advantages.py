@@ -22,8 +22,8 @@ def group_advantages(
     rewards: float [B]; group_ids: int64 [B], in any order, groups of any size. Returns float32 [B]. A group whose
     rewards are all equal gets exactly 0, and so does a group of one.
 
-    Source: DeepSeekMath, arXiv 2402.03300, section 4.1.2 (outcome supervision); leave_one_out: RLOO, arXiv 2402.14740,
-    section 3.2; none: Dr. GRPO, arXiv 2503.20783, section 3.1; batch: Lite PPO, arXiv 2508.08221, section 4.1.
+    Source: DeepSeekMath, arXiv 2402.03300, section 4.1.2 (outcome supervision); leave_one_out: RLOO, arXiv 2402.14740;
+    none: Dr. GRPO, arXiv 2503.20783; batch: Lite PPO, arXiv 2508.08221.
     """
     _, group, size = group_ids.unique(return_inverse=True, return_counts=True)
     rewards = rewards.double()

@@ -55,8 +55,8 @@ def online_loss(
 
     Returns the scalar loss, and for `summarise` token sums and maxima.
 
-    Source: the grpo preset is DeepSeekMath's, arXiv 2402.03300, equations 3 and 4; `token` is DAPO's, arXiv 2503.14476,
-    equation 8; `constant` that of Dr. GRPO, arXiv 2503.20783, section 3.1.
+    Source: the grpo preset is DeepSeekMath's, arXiv 2402.03300, equations 3 and 4; `token` is DAPO's, arXiv 2503.14476;
+    `constant` that of Dr. GRPO, arXiv 2503.20783.
     """
     log_ratio = torch.where(response_mask, log_probs - inference_log_probs, 0.0)
     ratio = log_ratio.detach().exp()

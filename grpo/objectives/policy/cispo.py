@@ -18,7 +18,7 @@ def policy_loss(
 
     sg passes no gradient: the weight scales the token's gradient and has none of its own. clip_low = 1 is no lower bound.
 
-    Source: MiniMax-M1, arXiv 2506.13585, equations 4 and 5.
+    Source: MiniMax-M1, arXiv 2506.13585.
     """
     ratio = torch.where(response_mask, log_probs - inference_log_probs, 0.0).detach().exp()
     advantage = advantages[:, None]

@@ -20,7 +20,7 @@ def policy_loss(
 
     A response's mean over its tokens is so the paper's loss. A response is clipped whole.
 
-    Source: GSPO, arXiv 2507.18071, equations 5 and 7.
+    Source: GSPO, arXiv 2507.18071.
     """
     log_ratio = torch.where(response_mask, log_probs - inference_log_probs, 0.0)
     ratio = (log_ratio.sum(1, keepdim=True) / response_mask.sum(1, keepdim=True)).exp()

@@ -17,7 +17,7 @@ def policy_loss(
     """-A log_probs a token. There is no ratio and no clip: what another policy sampled is taken as its own.
 
     Source: Williams, "Simple statistical gradient-following algorithms", 1992; for language models Ahmadian et al.,
-    arXiv 2402.14740, equation 6.
+    arXiv 2402.14740.
     """
     advantage = advantages[:, None]
     never = torch.zeros_like(response_mask)
