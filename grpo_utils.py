@@ -23,13 +23,14 @@ from grpo.admission import Admission
 from grpo.background import CollectorActor
 from grpo.checkpoint import Checkpoint, CheckpointWriter
 from grpo.cluster import join_ranks, start_actors, start_ray
-from grpo.collect import Finish, GroupCollector, InferencePolicy, PromptEnv, PromptStream
+from grpo.collect import GroupCollector, InferencePolicy, PromptEnv, PromptStream, make_finish
 from grpo.config import RunConfig
 from grpo.errors import ConfigError, RewardError
 from grpo.grading import Failed, GradingPool, grading_pool
 from grpo.inference import InferenceActor, Sampling, engine_environment, engine_spec
 from grpo.metrics import Clock, RunLog
 from grpo.models import check_files, load_tokenizer
+from grpo.objectives.online import divisor
 from grpo.plan import Plan, make_plan
 from grpo.pools import EnginePool, ReferencePool, TrainerPool, WeightPush, named
 from grpo.preemption import REQUEST, listen
@@ -73,21 +74,29 @@ def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
         engines = EnginePool(actors, timeout_s)
         train = config.train
         trainer = TrainerPool(
-            ranks, train.gradient_accumulation_steps, train.max_tokens_per_micro_batch, timeout_s, config.penalised
+            ranks,
+            train.gradient_accumulation_steps,
+            train.max_tokens_per_micro_batch,
+            timeout_s,
+            config.penalised,
+            divisor(config.objective.aggregation, config.inference_model.max_tokens),
         )
         push = connect(trainer, engines, plan.transport, config.inference_model.tensor_parallel_size, timeout_s)
+        reference, old = None, None
+        if config.num_references:
+            reference = ReferencePool(references, timeout_s, "reference", Lock())
+        elif config.uses_reference:  # the policy without its adapters
+            reference = ReferencePool(ranks, timeout_s, "training", trainer.order)
+        if config.anchor == "old":
+            old = ReferencePool(ranks, timeout_s, "training", trainer.order)
         if config.mode == "sync":
             env = PromptEnv((config.groups_per_collection, group_size), grading, data["train"], stream, tokenizer, clock)
-            reference = None
-            if config.num_references:
-                reference = ReferencePool(references, timeout_s, "reference", Lock())
-            elif config.uses_reference:  # the policy without its adapters
-                reference = ReferencePool(ranks, timeout_s, "training", trainer.order)
             make_run = partial(
                 SyncRun,
                 collector=make_collector(config, env, engines, reference),
                 replay_buffer=make_replay_buffer(config.groups_per_collection, config.groups_per_batch),
                 background=ThreadPoolExecutor(1, thread_name_prefix="collect"),
+                old=old,
             )
             closing.callback(_end_background, make_run.keywords["background"])
         else:
@@ -215,6 +224,7 @@ def _start_actors(
         config.train,
         config.optimizer,
         config.uses_reference,
+        config.diverges and config.train.kl_coef_in_loss,
         products,
     )
     trainers = start("trainer", TrainerActor, {}, trainer_spec)
@@ -259,7 +269,7 @@ def make_collector(
         policy=InferencePolicy(engines, env.data, sampling(config), config.seed, env.clock),
         dialog_turns_per_batch=train.dialog_turns_per_batch,
         total_dialog_turns=-1,  # the run counts
-        postproc=Finish(env, reference, config.kl_in_reward),
+        postproc=make_finish(config, env, reference),
     )
 
 

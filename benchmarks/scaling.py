@@ -38,7 +38,7 @@ from grpo.inference import Request
 from grpo.launch import compose
 from grpo.metrics import Clock, RunLog
 from grpo.models import load_tokenizer
-from grpo.objectives.grpo import summarise
+from grpo.objectives.online import summarise
 from grpo.pools import split_rows
 from grpo.replay import make_replay_buffer
 from grpo.rollout import Completions
@@ -117,8 +117,9 @@ class ReadyTrainer:
     def __init__(self, config: RunConfig, watch: Stopwatch) -> None:
         self.num_micro_batches = config.train.gradient_accumulation_steps
         self.transport = watch.timed("pickling for actors", over_the_wire)
-        names = ("objective", "ratio", "ratio_squared", "clipped", "kl_to_inference", "entropy", "loss", "tokens")
-        self.metrics = summarise(dict.fromkeys(names, 1.0), 1)
+        names = ("objective", "ratio", "ratio_squared", "clipped_low", "clipped_high", "carries", "kl_to_inference")
+        sums = dict.fromkeys((*names, "entropy", "loss", "tokens"), 1.0)
+        self.metrics = summarise(sums, {"ratio": 1.0}, 1)
 
     def step(self, batch, number: int, with_log_probs: bool) -> tuple[dict[str, float], None]:
         lengths = batch["prompt_length"] + batch["response_length"]
@@ -167,6 +168,7 @@ def make_run(config: RunConfig, run_dir: Path, watch: Stopwatch, grading: Gradin
         tokenizer=tokenizer,
         data=data,
         trainer=ReadyTrainer(config, watch),
+        old=None,
         engines=engines,
         push=ReadyPush(),
         collector=collector,

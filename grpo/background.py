@@ -19,7 +19,7 @@ import torch
 from ray.actor import ActorHandle
 from tensordict import TensorDict
 
-from grpo.collect import Finish, PromptEnv, PromptStream, graded_turn
+from grpo.collect import Finish, PromptEnv, PromptStream, graded_turn, make_finish
 from grpo.config import RunConfig
 from grpo.grading import grading_pool
 from grpo.metrics import Clock
@@ -68,7 +68,7 @@ class CollectorActor:
         for _ in range(env.grading_processes):
             grading = self.closing.enter_context(grading_pool(env, num_workers=1))
             lane = BackgroundEnv((), grading, self.data, self.stream, tokenizer, Clock())
-            self.lanes.append((lane, Finish(lane, reference, config.kl_in_reward)))
+            self.lanes.append((lane, make_finish(config, lane, reference)))
         return os.getpid()
 
     def run(self) -> None:

@@ -10,6 +10,7 @@ async mode (grpo/background.py) the policy's place is taken by what the engines 
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,10 +22,11 @@ from torchrl.envs import EnvBase
 from transformers import PreTrainedTokenizerBase
 
 from grpo.advantages import group_advantages
+from grpo.config import RunConfig
 from grpo.grading import Failed, GradingPool
 from grpo.inference import Sampling
 from grpo.metrics import Clock
-from grpo.objectives.divergences import k3
+from grpo.objectives.divergences import ESTIMATES, Estimate, k3
 from grpo.pools import EnginePool, ReferencePool
 from grpo.rollout import GroupRecord, pack
 from grpo.tasks import EncodedProblems
@@ -170,29 +172,54 @@ def graded_turn(env: PromptEnv, rollouts: TensorDictBase) -> TensorDict:
 class Finish:
     """A collection's last station: reference log-probs, the reward's divergence penalty, group advantages, records.
 
-    With `kl_in_reward` above 0, the k3 estimate of a response's KL to the reference (summed over its tokens, in nats) is
-    taken off its reward before advantages are made; `reward` itself stays what the task gave.
+    With `kl_in_reward` above 0, the `estimate` of a response's KL to the reference (summed over its tokens, in nats) is
+    taken off its reward before advantages are made; `reward` itself stays what the task gave. With `with_states` the
+    reference also says which hidden states its log-probs come from.
     """
 
-    def __init__(self, env: PromptEnv, reference: ReferencePool | None, kl_in_reward: float) -> None:
-        self.env, self.reference, self.kl_in_reward = env, reference, kl_in_reward
+    def __init__(
+        self,
+        env: PromptEnv,
+        reference: ReferencePool | None,
+        kl_in_reward: float,
+        estimate: Estimate = k3,
+        advantages: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = group_advantages,
+        with_states: bool = False,
+    ) -> None:
+        self.env, self.reference, self.kl_in_reward, self.estimate = env, reference, kl_in_reward, estimate
+        self.advantages, self.with_states = advantages, with_states
 
     def __call__(self, rollouts: TensorDict) -> TensorDict:
         flat = rollouts.reshape(-1)
         if self.reference is not None:
             with self.env.clock.phase("reference"):
-                flat["reference_log_probs"] = self.reference.score(flat)
+                if self.with_states:
+                    flat["reference_log_probs"], flat["anchor_states"] = self.reference.score_with_states(flat)
+                else:
+                    flat["reference_log_probs"] = self.reference.score(flat)
         penalised = flat["reward"]
         if self.kl_in_reward > 0:
-            kl = k3(flat["inference_log_probs"], flat["reference_log_probs"]).sum(-1)
+            kl = self.estimate(flat["inference_log_probs"], flat["reference_log_probs"]).sum(-1)
             flat["kl_penalty"] = self.kl_in_reward * kl
             penalised = penalised - flat["kl_penalty"]
         graded = flat["graded"]  # a response without a verdict teaches nothing, and its group is the others
         flat["advantage"] = torch.zeros_like(penalised)
-        flat["advantage"][graded] = group_advantages(penalised[graded], flat["group_id"][graded])
+        flat["advantage"][graded] = self.advantages(penalised[graded], flat["group_id"][graded])
         groups = flat.reshape(rollouts.batch_size)
         groups.batch_size = rollouts.batch_size[:1]
         return groups.set("record", NonTensorStack(*[NonTensorData(record) for record in self.env.records]))
+
+
+def make_finish(config: RunConfig, env: PromptEnv, reference: ReferencePool | None) -> Finish:
+    objective = config.objective
+    return Finish(
+        env,
+        reference,
+        config.kl_in_reward,
+        ESTIMATES.get(objective.divergence, k3),
+        partial(group_advantages, scale=objective.advantage_scale, baseline=objective.baseline),
+        config.anchor == "reference",
+    )
 
 
 class GroupCollector(LLMCollector):

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from grpo.admission import least_staleness
 from grpo.errors import ConfigError, one_line
+from grpo.objectives import policy
 from grpo.rules import at_least as _at_least
 from grpo.rules import check as _check
 from grpo.rules import one_of as _one_of
@@ -210,21 +211,41 @@ class InferenceModelConfig:
 
 @dataclass
 class ObjectiveConfig:
-    """The loss family and what it needs; `objective=NAME` picks a file of config/objective."""
+    """The policy loss, how it is averaged, what an advantage is, and which divergence from the reference is charged.
 
-    name: str = "grpo"
+    `objective=NAME` picks a file of config/objective, which sets them.
+    """
+
+    policy_loss: str = "clip"  # a file of grpo/objectives/policy
     clip_low: float = 0.2  # ratio is clipped to [1 - clip_low, 1 + clip_high]
     clip_high: float = 0.2
+    aggregation: str = "response"  # mean over tokens, then responses; token: over all tokens; constant: over their budget
+    baseline: str = "mean"  # of a group's rewards; leave_one_out: of the others'
+    advantage_scale: str = "group"  # its standard deviation; batch: the collection's; none
+    divergence: str = "k3"  # weighed by train.kl_to_ref_coeff: k1, k2, k3, kl (a hinge on a response), ot (on hidden states)
+    kl_margin: float = 0.05  # nats a token below which a response costs nothing
+    ot_anchor: str = (
+        "reference"  # whose states the policy's are compared with; old: its own before the collection's first step
+    )
+    ot_window: int = 16  # token positions that a state may be matched across
+    ot_target: float = 0.05  # transport cost, in [0, 2], below which a response costs nothing
+    ot_epsilon: float = 0.1  # weight of the plan's entropy: smaller is closer to plain transport, and slower to settle
+    ot_iterations: int = 5  # of Sinkhorn's two updates
 
     def __post_init__(self) -> None:
-        _one_of("objective.name", self.name, ("grpo",))
-        _check(0 < self.clip_low <= 1, "objective.clip_low", self.clip_low, "must be in (0, 1]")
-        _check(
-            self.clip_high > 0 and math.isfinite(self.clip_high),
-            "objective.clip_high",
-            self.clip_high,
-            "must be above 0",
-        )
+        section = "objective"
+        _one_of(f"{section}.policy_loss", self.policy_loss, tuple(policy.names()))
+        _check(0 < self.clip_low <= 1, f"{section}.clip_low", self.clip_low, "must be in (0, 1]")
+        for name in ("clip_high", "ot_epsilon"):
+            value = getattr(self, name)
+            _check(0 < value < math.inf, f"{section}.{name}", value, "must be above 0")
+        _one_of(f"{section}.aggregation", self.aggregation, ("response", "token", "constant"))
+        _one_of(f"{section}.baseline", self.baseline, ("mean", "leave_one_out"))
+        _one_of(f"{section}.advantage_scale", self.advantage_scale, ("group", "batch", "none"))
+        _one_of(f"{section}.divergence", self.divergence, ("k1", "k2", "k3", "kl", "ot"))
+        _one_of(f"{section}.ot_anchor", self.ot_anchor, ("reference", "old"))
+        _at_least(section, self, 0, "kl_margin", "ot_window", "ot_target")
+        _at_least(section, self, 1, "ot_iterations")
 
 
 @dataclass
@@ -411,6 +432,18 @@ class RunConfig:
             "must be at least 1 without train_model.lora.enabled=true, which alone keeps the reference in the policy",
         )
         _check(
+            train.kl_coef_in_loss or not self.diverges or self.objective.divergence in ("k1", "k2", "k3"),
+            "objective.divergence",
+            self.objective.divergence,
+            "must be k1, k2 or k3 with train.kl_coef_in_loss=false: what is taken off a reward is an estimate a token",
+        )
+        _check(
+            self.anchor != "old" or self.mode == "sync",
+            "objective.ot_anchor",
+            self.objective.ot_anchor,
+            "must be reference in mode=async, where there is no first step of a collection",
+        )
+        _check(
             self.device != "mps" or self.inference_model.backend == "transformers",
             "device",
             self.device,
@@ -468,6 +501,12 @@ class RunConfig:
             train.sync_iter, "train.sync_iter", train.sync_iter, "is of sync mode: collection always goes on beside async"
         )
         _check(
+            self.objective.advantage_scale != "batch",
+            "objective.advantage_scale",
+            self.objective.advantage_scale,
+            "must be group or none in async mode, where groups are finished one by one",
+        )
+        _check(
             self.ref_model.num_devices != 0 or not self.uses_reference,
             "ref_model.num_devices",
             self.ref_model.num_devices,
@@ -475,9 +514,19 @@ class RunConfig:
         )
 
     @property
-    def uses_reference(self) -> bool:
-        """Whether anything reads the reference's log-probs: only then are they computed."""
+    def diverges(self) -> bool:
+        """Whether a divergence is charged, in the loss or in the reward."""
         return self.train.use_kl_to_ref and self.train.kl_to_ref_coeff > 0
+
+    @property
+    def anchor(self) -> str | None:
+        """Whose hidden states the policy's are compared with: reference, old, or None where they are not."""
+        return self.objective.ot_anchor if self.diverges and self.objective.divergence == "ot" else None
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether anything reads what the reference says of a rollout: only then is it computed."""
+        return self.diverges and self.anchor != "old"
 
     @property
     def num_references(self) -> int:
@@ -496,7 +545,7 @@ class RunConfig:
     def penalised(self) -> bool:
         """Whether the loss has terms besides the advantages, so that rollouts without advantage carry gradient too."""
         train = self.train
-        in_loss = self.uses_reference and train.kl_coef_in_loss
+        in_loss = self.diverges and train.kl_coef_in_loss
         return in_loss or train.kl_to_inference_coeff > 0 or train.entropy_coeff > 0
 
     @property

@@ -47,15 +47,23 @@ METRICS = {
     "rollout/equal_groups": "share of groups whose rewards are all equal: they teach nothing",
     "rollout/kl_penalty_mean": "mean of what the reference takes off a reward (kl_coef_in_loss=false)",
     "rollout/kl_penalty_std": "its standard deviation",
-    "train/loss": "the loss: mean over responses of the mean over their tokens; offline: KL(policy || target), mean a group",
-    "train/objective": "clipped surrogate a token",
+    "rollout/gradient_groups": "share of groups with an advantage: the others carry no gradient of the policy loss",
+    "train/loss": "the loss, averaged as objective.aggregation has it; offline: KL(policy || target), mean a group",
+    "train/objective": "what the policy loss raises, a token: the clipped surrogate, or weight x advantage x log-prob",
+    "train/penalty": "what objective.divergence charges a token, before its coefficient",
+    "train/over_margin": "share of tokens in responses beyond kl_margin or ot_target, which alone are charged",
+    "train/transport": "transport cost of a response's hidden states to the anchor's, mean over tokens (divergence=ot)",
     "train/kl_to_reference": "k3 estimate of KL(policy || reference), nats a token",
     "train/kl_to_reference_std": "its standard deviation over tokens",
     "train/kl_to_inference": "k1 estimate of KL(inference || policy), nats a token",
     "train/entropy": "entropy of the next-token distribution, nats",
     "train/clip_fraction": "share of tokens where the clip binds",
+    "train/clip_fraction_low": "share of tokens where its lower bound does",
+    "train/clip_fraction_high": "share of tokens where its upper bound does",
+    "train/gradient_tokens": "share of tokens that carry the policy loss's gradient: an advantage, and not clipped off",
     "train/ratio_mean": "mean importance ratio of policy to inference policy",
     "train/ratio_std": "its standard deviation over tokens",
+    "train/ratio_max": "the largest",
     "train/ess": "effective sample size of the ratios as a share of the tokens",
     "train/ranking_accuracy": "offline: share of the batch's groups whose best-scored completion the policy ranks first",
     "train/group_entropy": "offline: entropy of the policy's distribution over a group's completions, nats",
@@ -121,6 +129,7 @@ def rollout_metrics(
     length = batch["response_length"].float()
     grades = [grade for record in batch["records"] for grade in record.grades]
     equal = [len({grade.reward for grade in record.grades}) == 1 for record in batch["records"]]
+    sizes = [len(record.grades) for record in batch["records"]]
     staleness = (trainer_version - batch["policy_version"]).float()
     outcomes = Counter(grade.outcome for grade in grades)
 
@@ -146,6 +155,7 @@ def rollout_metrics(
         "rollout/groups": len(batch["records"]),
         "rollout/group_size_mean": len(grades) / len(batch["records"]),
         "rollout/equal_groups": sum(equal) / len(equal),
+        "rollout/gradient_groups": sum(part.any().item() for part in advantage.split(sizes)) / len(sizes),
         "buffer/staleness_max": staleness.max(),
         "buffer/staleness_mean": staleness.mean(),
         "buffer/staleness_steps_max": staleness.max() * steps_per_push + steps_since_push,

@@ -5,7 +5,7 @@ transformers engine load through here, so that all of them compute the same log-
 """
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -247,7 +247,26 @@ def token_log_probs(
     return log_probs, entropy
 
 
-@torch.no_grad()
+@contextmanager
+def last_states(model: PreTrainedModel | PeftModel) -> Iterator[Callable[[], torch.Tensor]]:
+    """Within it, a function that gives the last hidden states of the pass before, as the output layer got them.
+
+    They are float32 [B, T - first, D], of the positions that predict `tokens[:, first:]`, and gradients go through them.
+    Asking transformers for them would keep those of every layer.
+    """
+    seen: list[torch.Tensor] = []
+    head = transformers_model(model).get_output_embeddings()
+
+    def keep(module: torch.nn.Module, inputs: tuple) -> None:
+        seen[:] = inputs[:1]
+
+    handle = head.register_forward_pre_hook(keep)
+    try:
+        yield lambda: seen[0][:, :-1].float()
+    finally:
+        handle.remove()
+
+
 def score(
     model: PreTrainedModel,
     tokens: torch.Tensor,
@@ -255,7 +274,32 @@ def score(
     response_mask: torch.Tensor,
     temperature: float,
 ) -> torch.Tensor:
-    """Log-probs [B, T] of the response tokens without gradients; 0 elsewhere.
+    """Log-probs [B, T] of the response tokens without gradients; 0 elsewhere."""
+    return _score(model, tokens, prompt_length, response_mask, temperature, None)
+
+
+def score_with_states(
+    model: PreTrainedModel,
+    tokens: torch.Tensor,
+    prompt_length: torch.Tensor,
+    response_mask: torch.Tensor,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `score` gives, and the directions of the last hidden states it comes from: float16 [B, T, D], 0 elsewhere."""
+    states = torch.zeros(*tokens.shape, model.config.hidden_size, dtype=torch.float16, device=tokens.device)
+    return _score(model, tokens, prompt_length, response_mask, temperature, states), states
+
+
+@torch.no_grad()
+def _score(
+    model: PreTrainedModel,
+    tokens: torch.Tensor,
+    prompt_length: torch.Tensor,
+    response_mask: torch.Tensor,
+    temperature: float,
+    states: torch.Tensor | None,
+) -> torch.Tensor:
+    """Log-probs [B, T], with hidden states written into `states`, if given.
 
     Rows of similar length are scored together, as many at a time as TOKENS and LOGITS allow. How many passes that takes
     depends on shapes alone, since training ranks must all run as many.
@@ -264,11 +308,16 @@ def score(
     rows = max(1, min(TOKENS, LOGITS // model.config.vocab_size) // width)
     ends = (response_mask * torch.arange(1, width + 1, device=tokens.device)).amax(1)
     log_probs = torch.zeros(tokens.shape, device=tokens.device)
-    for mine in ends.argsort(descending=True, stable=True).split(rows):
-        part, first = tokens[mine, : int(ends[mine[0]])], int(prompt_length[mine].min())
-        logits, chosen = _response_logits(model, part, first) / temperature, part[:, first:]
-        negative = torch.nn.functional.cross_entropy(logits.flatten(0, 1), chosen.flatten(), reduction="none")
-        log_probs[mine, first : part.shape[1]] = -negative.view_as(chosen)
+    with last_states(model) as its_states:
+        for mine in ends.argsort(descending=True, stable=True).split(rows):
+            part, first = tokens[mine, : int(ends[mine[0]])], int(prompt_length[mine].min())
+            logits, chosen = _response_logits(model, part, first) / temperature, part[:, first:]
+            negative = torch.nn.functional.cross_entropy(logits.flatten(0, 1), chosen.flatten(), reduction="none")
+            log_probs[mine, first : part.shape[1]] = -negative.view_as(chosen)
+            if states is not None:
+                directions = torch.nn.functional.normalize(its_states(), dim=-1)
+                here = response_mask[mine, first : part.shape[1], None]
+                states[mine, first : part.shape[1]] = torch.where(here, directions, 0.0).half()
     return torch.where(response_mask, log_probs, 0.0)
 
 

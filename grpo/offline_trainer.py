@@ -23,15 +23,15 @@ class OfflineTrainerActor(TrainerActor):
             target_temperature=objective.target_temperature,
         )
 
-    def _loss(self, batch: TensorDict) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    def _loss(self, batch: TensorDict) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], dict]:
         there = batch["response_length"] > 0  # [B, K]: no pass for completions that a group does not have
         rows, first = batch["tokens"][there], int(batch["prompt_length"][there].min())
         log_probs = torch.zeros(batch["tokens"].shape, device=rows.device)
         log_probs[there], _ = token_log_probs(self.model, rows, first, self.spec.temperature)
         loss, totals = self.loss(log_probs, batch["response_mask"], batch["score"])
-        return log_probs, loss, totals
+        return log_probs, loss, totals, {}
 
-    def _summarise(self, sums: dict[str, float], groups: int) -> dict[str, float]:
+    def _summarise(self, sums: dict[str, float], maxima: dict[str, float], groups: int) -> dict[str, float]:
         return summarise(sums, groups)
 
     def score_policy(self, rows: TensorDict) -> torch.Tensor:

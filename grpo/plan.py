@@ -16,7 +16,7 @@ from grpo.config import RunConfig
 from grpo.errors import ConfigError
 from grpo.models import DTYPES, kv_cache_bytes, num_adapter_parameters, num_parameters, read_config
 
-FLOAT32 = 4  # bytes
+FLOAT32, FLOAT16 = 4, 2  # bytes
 LARGE = 1e9  # parameters from which a model needs a GPU to be of any use
 
 
@@ -32,10 +32,11 @@ class Plan:
     parameters: int
     trained: int  # of them, or the adapters' with LoRA
     memory_bytes: dict[str, int]  # estimate a role, weights, optimiser and key-value cache; activations come on top
+    states_bytes: int  # of the driver: the hidden states that divergence=ot compares with, at full length
 
     @property
     def total_memory_bytes(self) -> int:
-        return sum(self.memory_bytes[role] * count for role, count in self.roles.items())
+        return sum(self.memory_bytes[role] * count for role, count in self.roles.items()) + self.states_bytes
 
     def describe(self, config: RunConfig) -> str:
         """What dry_run=true prints."""
@@ -49,6 +50,7 @@ class Plan:
             ),
             f"memory            about {self.total_memory_bytes / gib:.2f} GiB for "
             f"{self.parameters / 1e6:.1f} million parameters, activations not counted",
+            *([f"anchor states     about {self.states_bytes / gib:.2f} GiB of them"] if self.states_bytes else []),
             f"trained           {self._trained(config)}",
             f"reference         {self._reference(config)}",
             f"weight pushes     {self.transport}, probed every {config.train.probe_frequency}"
@@ -146,6 +148,10 @@ def make_plan(config: RunConfig) -> Plan:
         "reference": parameters * DTYPES[config.train.mixed_precision].itemsize,
     }
     memory = {role: memory[role] for role in roles}
+    # As they are scored, in the collection, and in the batch; with train.sync_iter=false there are two collections.
+    copies = 3 if config.train.sync_iter else 5
+    directions = config.train.dialog_turns_per_batch * length * model.hidden_size * FLOAT16
+    states = copies * directions if config.anchor else 0
     gpus = torch.cuda.device_count() if device == "cuda" else 0
     tensor_parallel = config.inference_model.tensor_parallel_size
     for key in ("num_attention_heads", "num_key_value_heads"):
@@ -166,11 +172,13 @@ def make_plan(config: RunConfig) -> Plan:
             f"inference_model.tensor_parallel_size ({tensor_parallel}) needs a GPU for each of the run's {processes} "
             f"processes, and this machine has {gpus}: lower it, or the num_devices"
         )
-    needed, there = sum(memory[role] * count for role, count in roles.items()), psutil.virtual_memory().available
+    needed, there = sum(memory[role] * count for role, count in roles.items()) + states, psutil.virtual_memory().available
     if device == "cpu" and needed > there:
         raise ConfigError(
             f"model.name ({name}) needs about {needed / 2**30:.1f} GiB of memory and {there / 2**30:.1f} GiB are free: "
             "use a smaller model, or lower env.num_envs or inference_model.max_tokens"
+            + ", or train.dialog_turns_per_batch"
+            * (states > 0)
         )
     cores = num_cores()
     busy = {role: count * (tensor_parallel if role == "inference" else 1) for role, count in roles.items()}
@@ -181,4 +189,4 @@ def make_plan(config: RunConfig) -> Plan:
         transport = "nccl" if sharing == 1 and config.inference_model.backend == "vllm" else "shared_memory"
     if transport == "nccl" and sharing != 1:
         raise ConfigError("train.weight_transport (nccl) needs a GPU of its own for each process: use shared_memory")
-    return Plan(device, roles, 1 / sharing if sharing else 0.0, threads, transport, parameters, trained, memory)
+    return Plan(device, roles, 1 / sharing if sharing else 0.0, threads, transport, parameters, trained, memory, states)

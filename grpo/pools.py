@@ -4,6 +4,7 @@ Each pool answers the same whatever the number of its actors: batches are split 
 over the whole, and answers come back in the order of the questions.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -85,21 +86,39 @@ class EnginePool:
 class ReferencePool:
     """The reference actors, or the training ranks in their place; each scores a part of the batch."""
 
-    method = "score"  # of the actors
+    method = "score"  # of the actors, for log-probs
 
     def __init__(self, actors: list[ActorHandle], timeout_s: float, role: str, order: Lock) -> None:
         self.actors, self.timeout_s, self.role, self.order = actors, timeout_s, role, order
 
     def score(self, rollouts: TensorDict) -> torch.Tensor:
         """reference_log_probs, float32 [B, T], of rollouts [B]."""
+        return torch.cat(self._ask(self.method, rollouts))[: len(rollouts)]
+
+    def score_with_states(self, rollouts: TensorDict) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same and anchor_states, float16 [B, T, D]."""
+        return self._both(self._ask("score_with_states", rollouts), len(rollouts))
+
+    def own_states(self, rollouts: TensorDict) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs and anchor_states under the policy as it is, of training ranks alone.
+
+        It is a part of training: the collection is taken already, and would be lost to a run that ended here.
+        """
+        return self._both(self._ask("own_states", rollouts, can_be_left=False), len(rollouts))
+
+    def _both(self, answers: list, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        log_probs, states = (torch.cat(column)[:length] for column in zip(*answers, strict=True))
+        return log_probs, states
+
+    def _ask(self, method: str, rollouts: TensorDict, can_be_left: bool = True) -> list:
         rollouts = rollouts.select("tokens", "prompt_length", "response_mask")
         # Equal shares, the last row again where there are too few: training ranks must all run the same passes.
         share = -(-len(rollouts) // len(self.actors))
         rows = torch.arange(share * len(self.actors)).clamp(max=len(rollouts) - 1)
         shares = [(rollouts[mine],) for mine in rows.split(share)]
-        calls = submit(self.actors, self.method, shares, self.order)
+        calls = submit(self.actors, method, shares, self.order)
         doing = f"scoring {len(rollouts)} rollouts"
-        return torch.cat(get_all(named(self.role, calls), self.timeout_s, doing, can_be_left=True))[: len(rollouts)]
+        return get_all(named(self.role, calls), self.timeout_s, doing, can_be_left=can_be_left)
 
 
 def submit(actors: list[ActorHandle], method: str, arguments: list[tuple], order: Lock) -> list[ObjectRef]:
@@ -176,8 +195,13 @@ class TrainerPool:
         max_tokens: int | None,
         timeout_s: float,
         penalised: bool = True,
+        divisor: Callable[[torch.Tensor], int] = len,
     ) -> None:
-        """With `penalised` every rollout carries gradient, else those alone whose advantage is not 0."""
+        """With `penalised` every rollout carries gradient, else those alone whose advantage is not 0.
+
+        `divisor` says what a batch's loss is divided by, from its response lengths: the number of responses by default.
+        """
+        self.divisor = divisor
         self.actors, self.timeout_s, self.penalised = actors, timeout_s, penalised
         self.num_micro_batches, self.max_tokens = num_micro_batches, max_tokens  # a micro-batch's most tokens
         self.order = Lock()  # of calls; shared with whoever else calls the ranks
@@ -193,7 +217,8 @@ class TrainerPool:
         if self.penalised:
             training = training.any().expand(len(batch))
         shares = split_rows(lengths, len(self.actors), self.num_micro_batches, self.max_tokens, training)
-        arguments = [(batch[share.rows], share.sizes, share.num_training, len(batch), with_log_probs) for share in shares]
+        count = self.divisor(batch["response_length"])
+        arguments = [(batch[share.rows], share.sizes, share.num_training, count, with_log_probs) for share in shares]
         answers = self._call("step", arguments, f"taking optimiser step {number}")
         if not with_log_probs:
             return answers[0][0], None

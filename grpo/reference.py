@@ -5,7 +5,7 @@ import os
 import torch
 from tensordict import TensorDict
 
-from grpo.models import DTYPES, load_model, score
+from grpo.models import DTYPES, load_model, score, score_with_states
 
 
 class ReferenceActor:
@@ -31,11 +31,12 @@ class ReferenceActor:
 
     def score(self, batch: TensorDict) -> torch.Tensor:
         """reference_log_probs, float32 [B, T], for rollouts [B] with tokens, prompt_length and response_mask."""
+        return score(self.model, *self._rows(batch), self.temperature).cpu()
+
+    def score_with_states(self, batch: TensorDict) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same and its anchor_states, float16 [B, T, D]."""
+        return tuple(part.cpu() for part in score_with_states(self.model, *self._rows(batch), self.temperature))
+
+    def _rows(self, batch: TensorDict) -> tuple[torch.Tensor, ...]:
         batch = batch.to(self.device)
-        return score(
-            self.model,
-            batch["tokens"],
-            batch["prompt_length"],
-            batch["response_mask"],
-            self.temperature,
-        ).cpu()
+        return batch["tokens"], batch["prompt_length"], batch["response_mask"]

@@ -8,6 +8,8 @@ A batch is a TensorDict of batch size [B]; B is rollouts, T the longest prompt +
     response_mask        bool    [B, T]  true on response tokens; made from lengths, since the pad id may be a real token
     inference_log_probs  float32 [B, T]  of the policy that sampled the token, under the sampling temperature
     reference_log_probs  float32 [B, T]  of the frozen reference; only where a reference is used
+    anchor_states        float16 [B, T, D]  directions (unit vectors) of the last hidden states that a token was predicted
+                                         from, under the model that divergence=ot compares with; only where it does
     token_versions       int32   [B, T]  policy_version that sampled the token
     policy_version       int64   [B]     the oldest of a rollout's token_versions
     stopped              bool    [B]     the response ended by itself, not at its token budget
@@ -32,7 +34,15 @@ from torch.nn.functional import pad
 
 from grpo.rewards import Grade
 
-PER_TOKEN = ("tokens", "response_mask", "inference_log_probs", "reference_log_probs", "token_versions", "log_probs")
+PER_TOKEN = (
+    "tokens",
+    "response_mask",
+    "inference_log_probs",
+    "reference_log_probs",
+    "anchor_states",
+    "token_versions",
+    "log_probs",
+)
 
 
 @dataclass
@@ -120,7 +130,8 @@ def trim(batch: TensorDict) -> TensorDict:
     size = int((batch["prompt_length"] + batch["response_length"]).max())
     if size == batch["tokens"].shape[-1]:
         return batch
-    return batch.clone(recurse=False).update({key: batch[key][..., :size] for key in PER_TOKEN if key in batch})
+    cut = {key: batch[key].narrow(batch.ndim, 0, size) for key in PER_TOKEN if key in batch}
+    return batch.clone(recurse=False).update(cut)
 
 
 @dataclass
@@ -133,6 +144,12 @@ class GroupRecord:
     grades: list[Grade]
 
 
+def _widened(column: torch.Tensor, width: int) -> torch.Tensor:
+    """[K, T, ...] with zeros up to T = width."""
+    more = width - column.shape[1]
+    return column if more == 0 else pad(column, (0, 0) * (column.ndim - 2) + (0, more))
+
+
 def collate(groups: list[TensorDict]) -> TensorDict:
     """A batch [B] from groups of shape [K, ...] and any widths, group by group; `records` holds their GroupRecords."""
     width = max(group["tokens"].shape[1] for group in groups)
@@ -140,7 +157,7 @@ def collate(groups: list[TensorDict]) -> TensorDict:
     def rows(key: str) -> torch.Tensor:
         parts = [group[key] for group in groups]
         if key in PER_TOKEN:
-            parts = [part if part.shape[1] == width else pad(part, (0, width - part.shape[1])) for part in parts]
+            parts = [_widened(part, width) for part in parts]
         return torch.cat(parts)
 
     keys = [key for key in groups[0].keys() if key != "record"]

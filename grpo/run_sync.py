@@ -18,6 +18,7 @@ from torchrl.data import ReplayBuffer
 from grpo.checkpoint import Checkpoint
 from grpo.collect import GroupCollector
 from grpo.errors import ActorError
+from grpo.pools import ReferencePool
 from grpo.preemption import REQUEST
 from grpo.replay import refill
 from grpo.run import Run
@@ -28,6 +29,7 @@ class SyncRun(Run):
     collector: GroupCollector
     replay_buffer: ReplayBuffer
     background: ThreadPoolExecutor
+    old: ReferencePool | None  # the training ranks, where the policy is compared with what it was
     rollouts: TensorDict | None = None  # the collection that is being trained on
     ahead: Future | None = None  # the next one
 
@@ -73,11 +75,21 @@ class SyncRun(Run):
 
     def batches(self, rollouts: TensorDict) -> Iterator[TensorDict]:
         """train.epochs passes over `rollouts` [G] in optimiser batches [B]; a resumed run leaves out what it has done."""
+        if self.old is not None and self.progress.steps_since_push == 0:
+            with self.clock.phase("train"):
+                self._anchor(rollouts)
         refill(self.replay_buffer, rollouts)
         batches = chain.from_iterable(self.replay_buffer for _ in range(self.config.train.epochs))
         for batch in islice(batches, self.progress.steps_since_push, None):
             self.first_use = self.progress.steps_since_push < self.config.batches_per_collection
             yield batch
+
+    def _anchor(self, rollouts: TensorDict) -> None:
+        """Have `rollouts` [G] hold the hidden states that the policy has before the collection's first step."""
+        rows = rollouts.select("tokens", "prompt_length", "response_mask")
+        rows.batch_size = rollouts["prompt_length"].shape
+        _, states = self.old.own_states(rows.flatten())
+        rollouts["anchor_states"] = states.unflatten(0, rows.batch_size)
 
     def step(self, batch: TensorDict) -> None:
         """One optimiser step on `batch` [B], logged; and a checkpoint where it is due."""

@@ -5,6 +5,7 @@ It loads, moves, calls the objective, and steps; the mathematics is in grpo/obje
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -31,16 +32,20 @@ from grpo.models import (
     checkpoint_gradients,
     export,
     full_parameters,
+    last_states,
     load_model,
     load_tokenizer,
     score,
     score_text,
+    score_with_states,
     set_lora_dropout,
     shard,
     tied_names,
     token_log_probs,
 )
-from grpo.objectives.grpo import grpo_loss, summarise
+from grpo.objectives import policy
+from grpo.objectives.divergences import ESTIMATES, kl_penalty, token_penalty, transport_penalty
+from grpo.objectives.online import online_loss, summarise
 from grpo.offline_config import OfflineObjectiveConfig, OfflineTrainConfig
 from grpo.rollout import trim
 from grpo.transports import make_sender
@@ -73,8 +78,33 @@ class TrainerSpec:
     train: TrainConfig | OfflineTrainConfig
     optimizer: OptimizerConfig
     uses_reference: bool
+    charges_divergence: bool = False  # in the loss
     matmul_precision: str = "highest"
     lora_path: str | None = None  # of adapters that are trained on
+
+
+def make_penalty(objective: ObjectiveConfig) -> Callable[..., dict[str, torch.Tensor]]:
+    """The penalty of `objective.divergence`: of hidden states with ot, else of log-probs."""
+    if objective.divergence == "ot":
+        return partial(
+            transport_penalty,
+            target=objective.ot_target,
+            window=objective.ot_window,
+            epsilon=objective.ot_epsilon,
+            iterations=objective.ot_iterations,
+        )
+    if objective.divergence == "kl":
+        return partial(kl_penalty, margin=objective.kl_margin)
+    return partial(token_penalty, estimate=ESTIMATES[objective.divergence])
+
+
+def _over_ranks(values: dict[str, torch.Tensor], how: dist.ReduceOp.RedOpType) -> dict[str, float]:
+    """Sums or maxima over all ranks, which have the same names in the same order."""
+    if not values:
+        return {}
+    stacked = torch.stack(list(values.values()))
+    dist.all_reduce(stacked, how)
+    return dict(zip(values, stacked.tolist(), strict=True))
 
 
 class TrainerActor:
@@ -124,14 +154,19 @@ class TrainerActor:
 
     def _prepare_loss(self) -> None:
         spec = self.spec
+        objective = spec.objective
         self.loss = partial(
-            grpo_loss,
-            clip_low=spec.objective.clip_low,
-            clip_high=spec.objective.clip_high,
-            kl_to_ref_coeff=spec.train.kl_to_ref_coeff if spec.train.kl_coef_in_loss else 0.0,
+            online_loss,
+            policy_loss=partial(
+                policy.load(objective.policy_loss), clip_low=objective.clip_low, clip_high=objective.clip_high
+            ),
+            aggregation=objective.aggregation,
+            kl_to_ref_coeff=spec.train.kl_to_ref_coeff,
             kl_to_inference_coeff=spec.train.kl_to_inference_coeff,
             entropy_coeff=spec.train.entropy_coeff,
         )
+        self.penalty = make_penalty(objective)
+        self.compares_states = spec.charges_divergence and objective.divergence == "ot"
 
     def open_pushes(
         self, transport: str, dtype: str, num_receivers: int, timeout_s: float
@@ -162,38 +197,40 @@ class TrainerActor:
         return score_text(self.model, tokens, self.device)
 
     def step(
-        self, batch: TensorDict, sizes: list[int], num_training: int, responses: int, with_log_probs: bool
+        self, batch: TensorDict, sizes: list[int], num_training: int, count: int, with_log_probs: bool
     ) -> tuple[dict[str, float], torch.Tensor | None]:
         """One optimiser step; this rank's part of it is `batch` [B] in micro-batches of `sizes` rows, as many on each rank.
 
-        The first `num_training` of them carry gradient; the weights stay where there is none. `responses` counts the
-        rollouts of all ranks. Returns the step's metrics over all ranks and, if asked for, this rank's log_probs [B, T]
-        before the step.
+        The first `num_training` of them carry gradient; the weights stay where there is none. The loss is divided by
+        `count`, which is that of all ranks' rollouts. Returns the step's metrics over all ranks and, if asked for, this
+        rank's log_probs [B, T] before the step.
         """
         update = num_training > 0
         micro_batches = batch.to(self.device).split(sizes)
         set_lora_dropout(self.model, update)
         sums: dict[str, torch.Tensor] = {}
+        maxima: dict[str, torch.Tensor] = {}
         log_probs = torch.zeros(batch["tokens"].shape) if with_log_probs else None
         first_row = 0
         for i, micro_batch in enumerate(micro_batches):
             self.model.set_requires_gradient_sync(i == num_training - 1)
             micro_batch = trim(micro_batch)
             with torch.set_grad_enabled(i < num_training):
-                current, loss, totals = self._loss(micro_batch)
+                current, loss, totals, largest = self._loss(micro_batch)
             if i < num_training:
-                loss = loss / responses
+                loss = loss / count
                 (loss if self.scaler is None else self.scaler.scale(loss)).backward()
             for name, value in totals.items():
                 sums[name] = sums.get(name, 0.0) + value
+            for name, value in largest.items():
+                maxima[name] = torch.maximum(maxima.get(name, value), value)
             if log_probs is not None:
                 rows, width = current.shape
                 masked = torch.where(micro_batch["response_mask"], current.detach(), 0.0)
                 log_probs[first_row : first_row + rows, :width] = masked.cpu()
                 first_row += rows
-        totals = torch.stack(list(sums.values()))
-        dist.all_reduce(totals)
-        metrics = self._summarise(dict(zip(sums, totals.tolist(), strict=True)), responses)
+        over_ranks = _over_ranks(sums, dist.ReduceOp.SUM), _over_ranks(maxima, dist.ReduceOp.MAX)
+        metrics = self._summarise(*over_ranks, count)
         metrics["train/lr"] = self.schedule.get_last_lr()[0]
         norm = self._optimise(math.isfinite(metrics["train/loss"])) if update else 0.0
         metrics["train/skipped_updates"] = float(not update)
@@ -209,27 +246,27 @@ class TrainerActor:
         set_lora_dropout(self.model, False)
         return metrics, log_probs
 
-    def _loss(self, batch: TensorDict) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        log_probs, entropy = token_log_probs(
-            self.model,
-            batch["tokens"],
-            int(batch["prompt_length"].min()),
-            self.spec.temperature,
-        )
+    def _loss(
+        self, batch: TensorDict
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        first, mask = int(batch["prompt_length"].min()), batch["response_mask"]
+        with last_states(self.model) as its_states:
+            log_probs, entropy = token_log_probs(self.model, batch["tokens"], first, self.spec.temperature)
+            states = its_states() if self.compares_states else None
         if self.spec.train.entropy_coeff == 0:
             entropy = entropy.detach()  # a metric only
-        loss, totals = self.loss(
-            log_probs,
-            entropy,
-            batch["inference_log_probs"],
-            batch["reference_log_probs"] if self.spec.uses_reference else None,
-            batch["advantage"],
-            batch["response_mask"],
-        )
-        return log_probs, loss, totals
+        reference_log_probs = batch["reference_log_probs"] if self.spec.uses_reference else None
+        penalty = None
+        if self.compares_states:
+            penalty = self.penalty(states, batch["anchor_states"][:, first:], mask[:, first:])
+        elif self.spec.charges_divergence:
+            penalty = self.penalty(log_probs, reference_log_probs, mask)
+        compared = batch["inference_log_probs"], reference_log_probs
+        loss, totals, largest = self.loss(log_probs, entropy, *compared, batch["advantage"], mask, penalty)
+        return log_probs, loss, totals, largest
 
-    def _summarise(self, sums: dict[str, float], responses: int) -> dict[str, float]:
-        return summarise(sums, responses)
+    def _summarise(self, sums: dict[str, float], maxima: dict[str, float], count: int) -> dict[str, float]:
+        return summarise(sums, maxima, count)
 
     def _optimise(self, loss_is_finite: bool) -> float:
         """Take the step, or leave the weights where loss or gradients are not finite; returns the gradient norm."""
@@ -265,6 +302,17 @@ class TrainerActor:
         with adapters_off(self.model):
             rows = batch["tokens"], batch["prompt_length"], batch["response_mask"]
             return score(self.model, *rows, self.spec.temperature).cpu()
+
+    def score_with_states(self, batch: TensorDict) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same and its anchor_states, float16 [B, T, D], as `ReferenceActor.score_with_states` gives them."""
+        with adapters_off(self.model):
+            return self.own_states(batch)
+
+    def own_states(self, batch: TensorDict) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs and anchor_states of the policy as it is."""
+        batch = batch.to(self.device)
+        rows = batch["tokens"], batch["prompt_length"], batch["response_mask"]
+        return tuple(part.cpu() for part in score_with_states(self.model, *rows, self.spec.temperature))
 
     @one_thread()
     def push(self, version: int) -> Sent | None:

@@ -1,1 +1,1 @@
-"""Policy losses and divergences: pure functions of tensors, one file a family."""
+"""Objectives: pure functions of tensors. `online` puts one together of a loss of `policy` and a divergence."""

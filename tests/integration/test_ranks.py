@@ -15,7 +15,8 @@ import grpo_sync
 from grpo.builtin import demonstration
 from grpo.config import LoraConfig, ObjectiveConfig, OptimizerConfig, TrainConfig, TrainModelConfig
 from grpo.launch import compose
-from grpo.models import load_model, load_tokenizer, score
+from grpo.models import load_model, load_tokenizer, score, score_with_states
+from grpo.objectives.online import divisor
 from grpo.pools import ReferencePool, TrainerPool, split_rows
 from grpo.rollout import Completions, pack
 from grpo.tasks.arithmetic import question, split_expressions
@@ -81,7 +82,14 @@ SGD = OptimizerConfig(name="sgd", lr=1.0, warmup_steps=0, clip_grad_norm=1e9)  #
 
 
 @contextmanager
-def trainers(model_path: str, ranks: int, train_model: TrainModelConfig, optimizer: OptimizerConfig = SGD, **train):
+def trainers(
+    model_path: str,
+    ranks: int,
+    train_model: TrainModelConfig,
+    optimizer: OptimizerConfig = SGD,
+    objective: ObjectiveConfig | None = None,
+    **train,
+):
     spec = TrainerSpec(
         model_path,
         "eager",
@@ -89,10 +97,11 @@ def trainers(model_path: str, ranks: int, train_model: TrainModelConfig, optimiz
         1.0,
         0,
         train_model,
-        ObjectiveConfig(),
+        objective or ObjectiveConfig(),
         TrainConfig(kl_to_ref_coeff=0.1, entropy_coeff=0.01, **train),
         optimizer,
         uses_reference=True,
+        charges_divergence=True,
     )
     actors = [ray.remote(num_cpus=1)(Rewinding).remote(spec) for _ in range(ranks)]
     rendezvous = ray.get(actors[0].open_rendezvous.remote(), timeout=120)
@@ -102,10 +111,12 @@ def trainers(model_path: str, ranks: int, train_model: TrainModelConfig, optimiz
         ray.kill(actor)
 
 
-def step(actors: list, batch: TensorDict, path, micro_batches: int = 1, budget: int | None = None, steps: int = 1) -> tuple:
+def step(
+    actors: list, batch: TensorDict, path, micro_batches: int = 1, budget: int | None = None, steps: int = 1, divisor=len
+) -> tuple:
     """The weights after some steps from the first weights; with the last step's metrics and log-probs."""
     ray.get([actor.rewind.remote() for actor in actors], timeout=60)
-    pool = TrainerPool(actors, micro_batches, budget, 60.0)
+    pool = TrainerPool(actors, micro_batches, budget, 60.0, divisor=divisor)
     for number in range(steps):
         metrics, log_probs = pool.step(batch, number, with_log_probs=True)
     pool.export(path / "model")
@@ -136,6 +147,41 @@ def test_gradients_agree_over_ranks_micro_batches_and_token_budgets(cluster, mod
         assert largest_difference(whole, weights) < 1e-6, split
         assert its_metrics == pytest.approx(metrics, rel=1e-5, abs=1e-6)
         assert torch.allclose(its_log_probs, log_probs, atol=1e-5)
+
+
+OBJECTIVES = {
+    "gspo over tokens": ObjectiveConfig(policy_loss="gspo", aggregation="token", divergence="kl"),
+    "cispo by a constant": ObjectiveConfig(policy_loss="cispo", aggregation="constant", divergence="k2"),
+    "transport": ObjectiveConfig(policy_loss="reinforce", divergence="ot", ot_window=3, ot_target=0.01),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_any_objective_has_the_same_gradient_and_metrics_on_one_rank_and_two(cluster, model_path, tmp_path, name):
+    batch, results, objective = ragged_batch(model_path), {}, OBJECTIVES[name]
+    anchor = load_model(model_path, CPU)
+    with torch.no_grad():
+        anchor.model.embed_tokens.weight.mul_(1.3)
+    rows = batch["tokens"], batch["prompt_length"], batch["response_mask"], 1.0
+    batch["anchor_states"] = score_with_states(anchor, *rows)[1]
+    by = divisor(objective.aggregation, 16)
+    for ranks, splits in {1: [(1, None), (4, 60)], 2: [(2, None), (1, 60)]}.items():
+        with trainers(model_path, ranks, TrainModelConfig(), objective=objective) as actors:
+            for split in splits:
+                results[ranks, *split] = step(actors, batch, tmp_path / f"{ranks} {split}", *split, divisor=by)
+            if name == "transport":
+                references = ReferencePool(actors, 60.0, "training", TrainerPool(actors, 1, None, 60.0).order)
+                ray.get([actor.rewind.remote() for actor in actors], timeout=60)
+                _, states = references.own_states(batch[:7])  # rows that two ranks cannot share
+                expected = score_with_states(load_model(model_path, CPU, "eager"), *(part[:7] for part in rows[:3]), 1.0)[1]
+                assert (states - expected).abs().max() < 1e-3
+    start = {name: parameter.detach() for name, parameter in load_model(model_path, CPU).named_parameters()}
+    whole, metrics, _ = results.pop((1, 1, None))
+    assert largest_difference(whole, start) > 3e-3
+    assert metrics["train/penalty"] > 0
+    for split, (weights, its_metrics, _) in results.items():
+        assert largest_difference(whole, weights) < 2e-6, split
+        assert its_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-6)
 
 
 def test_adapters_and_checkpointed_layers_train_and_score_alike_on_one_rank_and_two(cluster, model_path, tmp_path):

@@ -79,3 +79,34 @@ def test_large_group_ids_are_told_apart():
     rewards = torch.tensor([0.0, 2.0, 100.0, 102.0, 5.0, 5.0])
     one = 1 / (math.sqrt(2) + 1e-4)
     assert group_advantages(rewards, groups).tolist() == pytest.approx([-one, one, -one, one, 0.0, 0.0], rel=1e-6)
+
+
+# Group 5: 0, 2, 4 (mean 2, std 2); group 7: 1, 0 (mean 0.5, std sqrt(0.5)); all five: mean 1.4, squares 21, variance 2.8.
+REWARDS, GROUPS = torch.tensor([0.0, 2.0, 4.0, 1.0, 0.0]), torch.tensor([5, 5, 5, 7, 7])
+CENTRED = [-2.0, 0.0, 2.0, 0.5, -0.5]
+
+
+def test_without_a_scale_advantages_are_the_centred_rewards():
+    assert group_advantages(REWARDS, GROUPS, scale="none").tolist() == pytest.approx(CENTRED)
+
+
+def test_scaled_by_the_batch_every_group_is_divided_by_the_std_of_all_rewards():
+    expected = [value / (math.sqrt(2.8) + 1e-4) for value in CENTRED]
+    assert group_advantages(REWARDS, GROUPS, scale="batch").tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_baseline_leaves_a_response_out_of_its_own():
+    # 0 - (2 + 4) / 2, 2 - (0 + 4) / 2, 4 - (0 + 2) / 2; 1 - 0, 0 - 1.
+    advantages = group_advantages(REWARDS, GROUPS, scale="none", baseline="leave_one_out")
+    assert advantages.tolist() == pytest.approx([-3.0, 0.0, 3.0, 1.0, -1.0])
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
+def test_whatever_the_baseline_and_scale_equal_rewards_and_lone_responses_get_exactly_zero(scale, baseline):
+    rewards = torch.tensor([0.1, 0.1, 0.1, 3.0, 1.0, 2.0])
+    groups = torch.tensor([0, 0, 0, 1, 2, 2])
+    advantages = group_advantages(rewards, groups, scale=scale, baseline=baseline)
+    assert advantages[:4].tolist() == [0.0] * 4
+    assert advantages[4] == -advantages[5] < 0
+    assert group_advantages(torch.tensor([2.0]), torch.tensor([0]), scale=scale, baseline=baseline).tolist() == [0.0]

@@ -1,5 +1,7 @@
 """Collecting with stub engines: which prompts come, and what a collection holds."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from grpo.collect import Finish, GroupCollector, InferencePolicy, PromptEnv, Pro
 from grpo.grading import Failed
 from grpo.inference import Sampling
 from grpo.metrics import Clock
+from grpo.objectives.divergences import k1
 from grpo.rewards import Grade
 from grpo.rollout import Completions
 from grpo.tasks import EncodedProblems, Problem
@@ -96,7 +99,9 @@ class Engines:
 LETTERS = "abcde"
 
 
-def make_collector(reference=None, kl_in_reward: float = 0.0, reward_function=None, collections: int = 3, task=None):
+def make_collector(
+    reference=None, kl_in_reward: float = 0.0, reward_function=None, collections: int = 3, task=None, **finish
+):
     """Collections of 2 groups of 3 over five one-letter problems."""
     tokenizer = make_tokenizer()
     ids = [tokenizer(letter)["input_ids"] for letter in LETTERS]
@@ -109,7 +114,7 @@ def make_collector(reference=None, kl_in_reward: float = 0.0, reward_function=No
         policy=InferencePolicy(engines, data, Sampling(3, 8, 1.0), 11, clock),
         dialog_turns_per_batch=6,
         total_dialog_turns=6 * collections,
-        postproc=Finish(env, reference, kl_in_reward),
+        postproc=Finish(env, reference, kl_in_reward, **finish),
     )
     return collector, engines, stream
 
@@ -219,3 +224,32 @@ def test_the_reference_penalty_is_taken_off_before_advantages_and_the_reward_sta
         assert "kl_penalty" not in rollouts
     expected = group_advantages(torch.tensor([1.0, 3.0, 4.0]) - penalty, torch.zeros(3, dtype=torch.int64))
     assert torch.allclose(rollouts["advantage"], expected.expand(2, 3), atol=1e-4)
+
+
+def test_the_estimate_and_the_advantage_are_the_objectives():
+    advantages = partial(group_advantages, scale="none", baseline="leave_one_out")
+    collector, _, _ = make_collector(Reference(), 0.5, estimate=k1, advantages=advantages)
+    rollouts = next(iter(collector))
+    of_a_token = -0.5 + 1.19314718  # log policy - log reference
+    penalty = 0.5 * of_a_token * torch.tensor([2.0, 3.0, 4.0])
+    assert torch.allclose(rollouts["kl_penalty"], penalty.expand(2, 3), rtol=1e-4)
+    rewards = torch.tensor([1.0, 3.0, 4.0]) - penalty
+    expected = rewards - (rewards.sum() - rewards) / 2
+    assert torch.allclose(rollouts["advantage"], expected.expand(2, 3), atol=1e-5)
+
+
+class Stating(Reference):
+    """With the hidden states that its log-probs come from: at each token its id, three times."""
+
+    def score_with_states(self, rollouts):
+        states = rollouts["tokens"][..., None].expand(-1, -1, 3).half()
+        return self.score(rollouts), torch.where(rollouts["response_mask"][..., None], states, 0)
+
+
+def test_the_references_states_come_with_its_log_probs_where_they_are_compared():
+    rollouts = next(iter(make_collector(Stating(), with_states=True)[0]))
+    mask = rollouts["response_mask"]
+    assert rollouts["anchor_states"].shape == (*mask.shape, 3)
+    assert torch.equal(rollouts["anchor_states"][mask][:, 2], rollouts["tokens"][mask].half())
+    assert not rollouts["anchor_states"][~mask].any()
+    assert "anchor_states" not in next(iter(make_collector(Stating())[0]))

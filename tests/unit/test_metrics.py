@@ -67,6 +67,7 @@ def test_rollout_metrics_give_hand_worked_values():
             "rollout/groups": 2,
             "rollout/group_size_mean": 2,
             "rollout/equal_groups": 0.5,
+            "rollout/gradient_groups": 0.5,
             "buffer/staleness_max": 3,
             "buffer/staleness_mean": (2 + 1 + 3 + 1) / 4,
             "buffer/staleness_steps_max": 3 * 4 + 2,

@@ -10,11 +10,13 @@ from grpo.models import (
     check_files,
     checkpoint_gradients,
     full_parameters,
+    last_states,
     load_model,
     load_tokenizer,
     num_parameters,
     read_config,
     score,
+    score_with_states,
     token_log_probs,
 )
 
@@ -91,6 +93,39 @@ def test_scoring_does_not_depend_on_how_many_rows_are_scored_at_a_time(model, ro
     assert torch.allclose(scored, torch.where(batch["response_mask"], log_probs, 0.0), atol=1e-5)
     assert not scored[~batch["response_mask"]].any()
     assert not scored.requires_grad
+
+
+@pytest.mark.parametrize("first", [1, 3])
+def test_last_states_are_those_that_predict_each_token_and_pass_gradients_on(model, first):
+    tokens = torch.tensor([[4, 0, 17, 30, 0, 51], [7, 7, 2, 0, 0, 1]])
+    with last_states(model) as its_states:
+        log_probs, _ = token_log_probs(model, tokens, first, 1.0)
+        states = its_states()
+    expected = model(input_ids=tokens, output_hidden_states=True).hidden_states[-1][:, first - 1 : -1]
+    assert torch.allclose(states, expected, atol=1e-6)
+    # What the output layer makes of them is what the log-probs are of.
+    again = model.lm_head(states).log_softmax(-1).gather(-1, tokens[:, first:, None])[..., 0]
+    assert torch.allclose(again, log_probs[:, first:], atol=1e-5)
+    weights = torch.arange(states.numel()).view_as(states) / 100
+    parameters = [model.model.embed_tokens.weight, model.model.norm.weight, model.model.layers[0].mlp.up_proj.weight]
+    found, plain = (torch.autograd.grad((s.sin() * weights).sum(), parameters) for s in (states, expected))
+    for its, theirs in zip(found, plain, strict=True):
+        assert torch.allclose(its, theirs, atol=1e-4)
+    assert not model.lm_head._forward_pre_hooks
+
+
+def test_scoring_with_states_gives_their_directions_on_response_tokens_alone(model, monkeypatch):
+    batch = ragged_rollouts()
+    monkeypatch.setattr(grpo.models, "LOGITS", 3 * batch["tokens"].shape[1] * model.config.vocab_size)
+    inputs = batch["tokens"], batch["prompt_length"], batch["response_mask"], 0.8
+    log_probs, states = score_with_states(model, *inputs)
+    assert torch.equal(log_probs, score(model, *inputs))
+    whole = model(input_ids=batch["tokens"], output_hidden_states=True).hidden_states[-1]
+    expected = torch.nn.functional.normalize(whole, dim=-1)[:, :-1]
+    mask = batch["response_mask"]
+    assert (states[:, 1:].float() - expected)[mask[:, 1:]].abs().max() < 1e-3
+    assert not states[~mask].any()
+    assert states.dtype == torch.float16
 
 
 def test_a_missing_directory_is_a_config_error_that_names_it(tmp_path):

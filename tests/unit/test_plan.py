@@ -80,6 +80,21 @@ def test_the_reference_is_held_in_the_precision_of_the_passes():
     assert bytes_of["none"]["trainer"] == bytes_of["bf16"]["trainer"]
 
 
+def test_anchor_states_are_counted_and_said():
+    sizes = ["objective=ot", "train.total_dialog_turns=5120", "train.dialog_turns_per_batch=512"]
+    sizes += ["train.optim_batch_size=512", "env.max_prompt_length=32", "inference_model.max_tokens=24"]
+    config = compose("grpo_arithmetic", [CPU, *sizes])
+    plan = make_plan(config)
+    # Three copies of 512 x 56 tokens x 128 directions of 2 bytes.
+    assert plan.states_bytes == 3 * 512 * 56 * 128 * 2
+    assert plan.total_memory_bytes == sum(plan.memory_bytes.values()) + plan.states_bytes
+    assert "anchor states     about 0.02 GiB" in plan.describe(config)
+    assert plan_of(*sizes, "train.sync_iter=false").states_bytes == 5 * 512 * 56 * 128 * 2
+    assert plan_of("objective=kl").states_bytes == 0
+    with pytest.raises(ConfigError, match=r"or inference_model.max_tokens, or train.dialog_turns_per_batch"):
+        plan_of("objective=ot", "env.num_envs=1000000000")
+
+
 def test_the_description_names_adapters_precision_and_budget():
     overrides = [CPU, "train_model.lora.enabled=true", "train.mixed_precision=bf16", "train.max_tokens_per_micro_batch=4096"]
     config = compose("grpo_arithmetic", overrides)

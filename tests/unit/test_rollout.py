@@ -101,6 +101,7 @@ def test_collating_groups_of_different_widths_equals_packing_them_at_once(widths
 def test_collate_takes_the_rows_of_a_stored_collection_apart_and_together_again():
     flat = pack([[1, 2]] * 2 + [[3]] * 2, completions([1, 5, 2, 3]))
     flat["reference_log_probs"] = flat["inference_log_probs"] * 2
+    flat["anchor_states"] = torch.randn(*flat["tokens"].shape, 3, generator=torch.Generator().manual_seed(0)).half()
     collection = flat.reshape(2, 2)
     collection.batch_size = [2]
     grades = [Grade({"exact": 1.0}, "correct", "1")] * 2
@@ -114,6 +115,10 @@ def test_collate_takes_the_rows_of_a_stored_collection_apart_and_together_again(
     narrow = collate([collection[1]])
     assert torch.equal(narrow["tokens"], flat["tokens"][2:, :4])
     assert torch.equal(narrow["reference_log_probs"], flat["reference_log_probs"][2:, :4])
+    assert torch.equal(narrow["anchor_states"], flat["anchor_states"][2:, :4])
+    widened = collate([narrow.exclude("records").auto_batch_size_(1).set_non_tensor("record", records[1]), collection[0]])
+    assert torch.equal(widened["anchor_states"][:2, :4], flat["anchor_states"][2:, :4])
+    assert not widened["anchor_states"][:2, 4:].any()
 
 
 def test_in_request_order_moves_ragged_responses_with_their_tokens():

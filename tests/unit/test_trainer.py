@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from grpo.config import LoraConfig, ObjectiveConfig, OptimizerConfig, TrainConfig, TrainModelConfig
 from grpo.errors import CheckpointError, TrainingError
+from grpo.launch import CONFIG_DIR, compose
 from grpo.models import (
     add_lora,
     base_parameters,
@@ -25,12 +26,14 @@ from grpo.models import (
     lora_layers,
     token_log_probs,
 )
+from grpo.objectives.online import divisor
+from grpo.objectives.transport import transport_cost
 from grpo.reference import ReferenceActor
 from grpo.trainer import TrainerActor, TrainerSpec
 from grpo.transports import SharedMemoryReceiver
 from grpo.weight_sync import checksum, probe_vector
 
-from .conftest import CPU, ragged_rollouts
+from .conftest import CPU, ragged_rollouts, tiny_model
 
 PENALTIES = {"kl_to_ref_coeff": 0.3, "kl_to_inference_coeff": 0.1, "entropy_coeff": 0.02}
 LARGE_STEPS = OptimizerConfig(name="sgd", lr=0.5, warmup_steps=0, clip_grad_norm=1e9)
@@ -62,6 +65,7 @@ def make_trainer(model_path, monkeypatch):
         seed: int = 0,
         model: str = model_path,
         device: str = "cpu",
+        objective: ObjectiveConfig | None = None,
         **train,
     ) -> TrainerActor:
         stop()
@@ -72,10 +76,11 @@ def make_trainer(model_path, monkeypatch):
             temperature=0.9,
             seed=seed,
             train_model=train_model or TrainModelConfig(),
-            objective=ObjectiveConfig(),
+            objective=objective or ObjectiveConfig(),
             train=TrainConfig(**(PENALTIES | train)),
             optimizer=optimizer,
             uses_reference=uses_reference,
+            charges_divergence=uses_reference and train.get("kl_coef_in_loss", True) and train.get("kl_to_ref_coeff", 1) > 0,
         )
         trainer = OneRank(spec)
         assert trainer.start(0, 1, trainer.open_rendezvous(), 60.0) == os.getpid()
@@ -144,6 +149,109 @@ def test_a_step_is_gradient_descent_on_the_documented_loss(make_trainer, model, 
     assert metrics["train/grad_norm"] == pytest.approx(norm, rel=1e-4)
     assert metrics["train/skipped_updates"] == 0
     assert log_probs is None
+
+
+TRANSPORT = ObjectiveConfig(divergence="ot", ot_window=3, ot_target=0.01)
+
+
+def with_anchor(batch: TensorDict) -> TensorDict:
+    """And hidden states of another model to compare with."""
+    states, _ = hidden_states(tiny_model(seed=1), batch)
+    batch["anchor_states"] = (states * batch["response_mask"][..., None]).detach().half()
+    return batch
+
+
+def hidden_states(model, batch: TensorDict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Directions [B, T, D] of the states that each token is predicted from, as transformers gives them; and the logits."""
+    out = model(input_ids=batch["tokens"], output_hidden_states=True)
+    states = torch.nn.functional.normalize(out.hidden_states[-1], dim=-1)
+    return torch.nn.functional.pad(states[:, :-1], (0, 0, 1, 0)), out.logits
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_transport_penalty_reaches_the_weights_through_the_hidden_states(make_trainer, model, batch, checkpointing):
+    batch, gradients, losses = with_anchor(batch), [], []
+    mask = batch["response_mask"]
+    cost = transport_cost(hidden_states(model, batch)[0], batch["anchor_states"], mask, window=3, epsilon=0.1, iterations=5)
+    expected = 0.3 * (cost - 0.01).clamp_min(0).mean()
+    expected.backward()
+    assert (cost > 0.01).all()
+    for coefficient in (0.0, 0.3):
+        trainer = make_trainer(
+            objective=TRANSPORT,
+            train_model=TrainModelConfig(gradient_checkpointing=checkpointing),
+            kl_to_ref_coeff=coefficient,
+            gradient_accumulation_steps=4,
+        )
+        start = weights(trainer)
+        metrics, _ = trainer.step(batch)
+        after = weights(trainer)
+        gradients.append({name: (start[name] - after[name]) / 0.5 for name in start})
+        losses.append(metrics["train/loss"])
+    assert losses[1] - losses[0] == pytest.approx(expected.item(), rel=1e-3)
+    share = batch["response_length"] / batch["response_length"].sum()
+    assert metrics["train/transport"] == pytest.approx((cost * share).sum().item(), rel=1e-3)
+    assert metrics["train/over_margin"] == 1
+    largest = 0.0
+    for name, parameter in model.named_parameters():
+        difference = gradients[1][name] - gradients[0][name]
+        assert torch.allclose(difference, parameter.grad, atol=2e-5), name
+        largest = max(largest, float(parameter.grad.abs().max()))
+    assert largest > 1e-2
+
+
+@pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(enabled=True, r=4)], ids=["whole", "lora"])
+def test_anchors_are_the_policys_own_states_or_those_without_adapters(make_trainer, model_path, batch, lora):
+    first = load_model(model_path, CPU)
+    trainer = make_trainer(train_model=TrainModelConfig(lora=lora), kl_to_ref_coeff=0.0)
+    trainer.step(batch)
+
+    def largest(states: torch.Tensor, model) -> float:
+        expected = hidden_states(model, batch)[0]
+        assert states.dtype == torch.float16
+        assert not states[~batch["response_mask"]].any()
+        return float((states.float() - expected)[batch["response_mask"]].abs().max())
+
+    log_probs, states = trainer.score_with_states(batch)
+    assert torch.equal(log_probs, trainer.score(batch))
+    own_log_probs, own_states = trainer.own_states(batch)
+    if lora.enabled:
+        assert largest(states, first) < 1e-3
+        assert largest(own_states, first) > 1e-2
+        assert (own_log_probs - log_probs).abs().max() > 1e-2
+    first.load_state_dict({name: tensor.clone() for name, tensor in full_parameters(trainer.model)}, strict=False)
+    assert largest(own_states, first) < 1e-3
+    reference = ReferenceActor(model_path, "eager", "cpu", 0.9, "none")
+    reference.start()
+    its_log_probs, its_states = reference.score_with_states(batch)
+    assert largest(its_states, load_model(model_path, CPU)) < 1e-3
+    assert torch.equal(its_log_probs, reference.score(batch))
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONFIG_DIR / "objective").glob("*.yaml")))
+def test_micro_batches_take_the_same_step_under_every_preset(make_trainer, batch, name):
+    config, batch = compose("grpo_arithmetic", [f"objective={name}"]), with_anchor(batch)
+    # Off-policy by a tenth of a nat, so that ratios lie on both sides of most bounds.
+    count, train = divisor(config.objective.aggregation, 24)(batch["response_length"]), config.train
+    results = []
+    for sizes in ([8], [3, 1, 4]):
+        trainer = make_trainer(
+            objective=config.objective,
+            uses_reference=config.uses_reference,
+            kl_to_ref_coeff=0.3 if config.diverges else 0.0,
+            kl_coef_in_loss=train.kl_coef_in_loss,
+        )
+        start = weights(trainer)
+        metrics, _ = TrainerActor.step(trainer, batch, sizes, len(sizes), count, False)
+        results.append((weights(trainer), metrics))
+        assert largest_difference(results[-1][0], start) > 1e-4
+    (whole, metrics), (split, its_metrics) = results
+    assert largest_difference(whole, split) < 1e-6
+    assert its_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-6)
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert ("train/penalty" in metrics) is (config.diverges and train.kl_coef_in_loss)
+    assert ("train/transport" in metrics) is (name == "ot")
+    assert metrics["train/ratio_max"] > metrics["train/ratio_mean"] > 0
 
 
 def test_micro_batches_take_the_step_of_the_whole_batch(make_trainer, batch):

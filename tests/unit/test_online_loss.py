@@ -1,13 +1,26 @@
-"""The GRPO loss: hand-worked values, per-token gradients, and what must not change either."""
+"""The online loss with the clipped surrogate: hand-worked values, per-token gradients, and what must not change either."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
-from grpo.objectives.grpo import grpo_loss, summarise
+from grpo.objectives.divergences import k3, token_penalty
+from grpo.objectives.online import online_loss, summarise
+from grpo.objectives.policy.clip import policy_loss
 
 PLAIN = {"clip_low": 0.2, "clip_high": 0.2, "kl_to_ref_coeff": 0.0, "kl_to_inference_coeff": 0.0, "entropy_coeff": 0.0}
+
+
+def grpo_loss(*, clip_low: float, clip_high: float, aggregation: str = "response", **inputs) -> tuple:
+    """The grpo preset's loss, from what it is made of."""
+    penalty = None
+    if inputs["reference_log_probs"] is not None and inputs["kl_to_ref_coeff"] > 0:
+        compared = (inputs[name] for name in ("log_probs", "reference_log_probs", "response_mask"))
+        penalty = token_penalty(*compared, estimate=k3)
+    clip = partial(policy_loss, clip_low=clip_low, clip_high=clip_high)
+    return online_loss(**inputs, penalty=penalty, policy_loss=clip, aggregation=aggregation)
 
 
 def log(values: list) -> torch.Tensor:
@@ -35,7 +48,7 @@ def evaluate(inputs: dict[str, torch.Tensor], **settings: float) -> tuple[float,
     """The loss, its gradients on log_probs and entropy, and the sums."""
     log_probs = inputs["log_probs"].clone().requires_grad_()
     entropy = inputs["entropy"].clone().requires_grad_()
-    loss, sums = grpo_loss(**(inputs | {"log_probs": log_probs, "entropy": entropy}), **(PLAIN | settings))
+    loss, sums, _ = grpo_loss(**(inputs | {"log_probs": log_probs, "entropy": entropy}), **(PLAIN | settings))
     gradients = torch.autograd.grad(loss, (log_probs, entropy), allow_unused=True, materialize_grads=True)
     return loss.item(), *gradients, {name: float(value) for name, value in sums.items()}
 
@@ -61,7 +74,7 @@ def test_the_loss_of_two_ragged_responses_with_clipped_tokens_of_both_signs():
     assert sums["loss"] == pytest.approx(-0.85)
     assert sums["objective"] == pytest.approx(5.4 - 1.9)
     assert sums["tokens"] == 5
-    assert sums["clipped"] == 2
+    assert (sums["clipped_low"], sums["clipped_high"], sums["carries"]) == (1, 1, 3)
 
 
 def test_the_loss_with_every_penalty_is_the_sum_of_its_terms():
@@ -180,16 +193,16 @@ def test_micro_batches_sum_to_the_whole_batch(sizes):
         "response_mask": torch.arange(7) < lengths[:, None],
     }
     settings = PLAIN | ALL_TERMS
-    whole, whole_sums = grpo_loss(**rows, **settings)
+    whole, whole_sums, _ = grpo_loss(**rows, **settings)
     (whole_gradient,) = torch.autograd.grad(whole, log_probs, retain_graph=True)
     parts = {name: value.split(sizes) for name, value in rows.items()}
     results = [grpo_loss(**{name: parts[name][i] for name in rows}, **settings) for i in range(len(sizes))]
-    total = sum(loss for loss, _ in results)
+    total = sum(loss for loss, _, _ in results)
     (gradient,) = torch.autograd.grad(total, log_probs)
     assert total.item() == pytest.approx(whole.item(), rel=1e-12)
     assert torch.allclose(gradient, whole_gradient, atol=1e-14)
     for name in whole_sums:
-        assert float(sum(sums[name] for _, sums in results)) == pytest.approx(float(whole_sums[name]), rel=1e-9)
+        assert float(sum(sums[name] for _, sums, _ in results)) == pytest.approx(float(whole_sums[name]), rel=1e-9)
 
 
 def test_a_permutation_of_the_responses_changes_neither_loss_nor_sums():
@@ -224,7 +237,7 @@ def test_without_a_reference_there_is_no_reference_term_and_no_such_metric():
     assert without[0] == pytest.approx(with_reference[0], rel=1e-12)
     assert torch.equal(without[1], with_reference[1])
     assert with_reference[3].keys() - without[3].keys() == {"kl_to_reference", "kl_to_reference_squared"}
-    metrics = summarise(without[3], 2)
+    metrics = summarise(without[3], {"ratio": 1.5}, 2)
     assert "train/kl_to_reference" not in metrics
     assert "train/kl_to_reference_std" not in metrics
 
@@ -232,13 +245,13 @@ def test_without_a_reference_there_is_no_reference_term_and_no_such_metric():
 def test_the_metric_sums_carry_no_gradient():
     inputs = batch()
     inputs["log_probs"].requires_grad_()
-    _, sums = grpo_loss(**inputs, **PLAIN)
-    assert not any(value.requires_grad for value in sums.values())
+    _, sums, maxima = grpo_loss(**inputs, **PLAIN)
+    assert not any(value.requires_grad for value in (*sums.values(), *maxima.values()))
 
 
 def test_summarise_gives_hand_worked_means():
     # Ratios 1, 1.5, 0.5, 1.1, 0.5: sum 4.6, sum of squares 1 + 2.25 + 0.25 + 1.21 + 0.25 = 4.96.
-    metrics = summarise(evaluate(batch(), **ALL_TERMS)[3], 2)
+    metrics = summarise(evaluate(batch(), **ALL_TERMS)[3], {"ratio": 1.5}, 2)
     kls = [1 - math.log(2), 0, -0.5 + math.log(2), 3 - math.log(4), 0]
     mean_kl = sum(kls) / 5
     loss = evaluate(batch(), **ALL_TERMS)[0]
@@ -249,6 +262,11 @@ def test_summarise_gives_hand_worked_means():
             "train/kl_to_inference": -math.log(1.5 * 0.5 * 1.1 * 0.5) / 5,
             "train/entropy": 1.6 / 5,
             "train/clip_fraction": 0.4,
+            "train/clip_fraction_low": 0.2,
+            "train/clip_fraction_high": 0.2,
+            "train/gradient_tokens": 0.6,
+            "train/ratio_max": 1.5,
+            "train/penalty": mean_kl,
             "train/ratio_mean": 0.92,
             "train/ratio_std": math.sqrt(4.96 / 5 - 0.92**2),
             "train/ess": 4.6**2 / (5 * 4.96),
@@ -261,7 +279,7 @@ def test_summarise_gives_hand_worked_means():
 def test_on_policy_data_has_an_effective_sample_size_of_one_and_no_spread():
     inputs = batch()
     inputs["log_probs"] = inputs["inference_log_probs"]
-    metrics = summarise(evaluate(inputs)[3], 2)
+    metrics = summarise(evaluate(inputs)[3], {"ratio": 1.0}, 2)
     assert metrics["train/ess"] == pytest.approx(1)
     assert metrics["train/ratio_mean"] == pytest.approx(1)
     assert metrics["train/ratio_std"] == 0
@@ -271,5 +289,5 @@ def test_on_policy_data_has_an_effective_sample_size_of_one_and_no_spread():
 def test_one_dominant_ratio_leaves_the_effective_size_of_one_token():
     # Weights 100 and nine of 0.01: ess is about 1 of 10 tokens.
     sums = {"ratio": 100.09, "ratio_squared": 10000.0009, "tokens": 10.0}
-    others = {"loss": 0.0, "objective": 0.0, "kl_to_inference": 0.0, "entropy": 0.0, "clipped": 0.0}
-    assert summarise(sums | others, 1)["train/ess"] == pytest.approx(0.1, rel=1e-2)
+    others = ("loss", "objective", "kl_to_inference", "entropy", "clipped_low", "clipped_high", "carries")
+    assert summarise(sums | dict.fromkeys(others, 0.0), {"ratio": 100.0}, 1)["train/ess"] == pytest.approx(0.1, rel=1e-2)

@@ -1,0 +1,121 @@
+"""The loss on sampled responses: a policy loss, penalties, an aggregation; and the metrics that say what they did.
+
+The contract of an objective: it returns a sum over the rollouts it was given and sums for its metrics. Whoever calls it
+divides by the count over all ranks and micro-batches (`divisor` says which), so the gradient is the same however a batch is
+split.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from grpo.objectives.divergences import k3
+from grpo.objectives.policy import PolicyLoss
+
+
+def divisor(aggregation: str, max_tokens: int) -> Callable[[torch.Tensor], int]:
+    """What the sums of an optimiser batch are divided by, as a function of its response lengths, int64 [B].
+
+    `response`: responses, `token`: tokens, `constant`: responses times the token budget of one.
+    """
+    return {
+        "response": len,
+        "token": lambda lengths: int(lengths.sum()),
+        "constant": lambda lengths: len(lengths) * max_tokens,
+    }[aggregation]
+
+
+def online_loss(
+    log_probs: torch.Tensor,
+    entropy: torch.Tensor,
+    inference_log_probs: torch.Tensor,
+    reference_log_probs: torch.Tensor | None,
+    advantages: torch.Tensor,
+    response_mask: torch.Tensor,
+    penalty: dict[str, torch.Tensor] | None,
+    *,
+    policy_loss: Callable[..., PolicyLoss],
+    aggregation: str,
+    kl_to_ref_coeff: float,
+    kl_to_inference_coeff: float,
+    entropy_coeff: float,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A policy loss with penalties a token, summed as `aggregation` has it.
+
+        L = sum_i c_i sum_t [ policy_loss + kl_to_ref_coeff penalty
+                              + kl_to_inference_coeff (inference - current) - entropy_coeff H ]
+
+    with c_i = 1 / |o_i| where aggregation is `response`, else 1. The penalty of a whole response is charged to each of its
+    tokens.
+
+    log_probs, entropy, inference_log_probs, reference_log_probs: float [B, T]; advantages: float [B];
+    response_mask: bool [B, T] with at least one true a row. Log-probs in nats. `reference_log_probs` is None where no
+    reference is used: it is for metrics. `penalty` is what one of `divergences` returned, or None.
+    Divide the loss by the `divisor` of the batch, over all ranks and micro-batches.
+
+    Returns the scalar loss, and for `summarise` token sums and maxima.
+
+    Source: the grpo preset is DeepSeekMath's, arXiv 2402.03300, equations 3 and 4; `token` is DAPO's, arXiv 2503.14476;
+    `constant` that of Dr. GRPO, arXiv 2503.20783.
+    """
+    log_ratio = torch.where(response_mask, log_probs - inference_log_probs, 0.0)
+    ratio = log_ratio.detach().exp()
+    policy = policy_loss(log_probs, inference_log_probs, advantages, response_mask)
+    kl_to_inference = -log_ratio
+    token_loss = policy.loss + kl_to_inference_coeff * kl_to_inference - entropy_coeff * entropy
+    sums = {
+        "objective": -policy.loss,
+        "ratio": ratio,
+        "ratio_squared": ratio.double().square(),
+        "clipped_low": policy.clipped_low,
+        "clipped_high": policy.clipped_high,
+        "carries": policy.carries,
+        "kl_to_inference": kl_to_inference,
+        "entropy": entropy,
+    }
+    if reference_log_probs is not None:
+        sums["kl_to_reference"] = k3(log_probs.detach(), torch.where(response_mask, reference_log_probs, log_probs.detach()))
+        sums["kl_to_reference_squared"] = sums["kl_to_reference"].square()
+    if penalty is not None:
+        token_loss = token_loss + kl_to_ref_coeff * penalty["penalty"]
+        sums |= penalty
+    mask = response_mask.to(log_probs.dtype)
+    rows = torch.where(response_mask, token_loss, 0.0).sum(1)
+    loss = (rows / mask.sum(1) if aggregation == "response" else rows).sum()
+    totals = {name: torch.where(response_mask, v.detach().double(), 0.0).sum() for name, v in sums.items()}
+    totals |= {"loss": loss.detach().double(), "tokens": mask.double().sum()}
+    return loss, totals, {"ratio": ratio.double().max()}
+
+
+def summarise(sums: dict[str, float], maxima: dict[str, float], count: int) -> dict[str, float]:
+    """Means a token (the loss: what it is divided by) from the sums and maxima of every rank and micro-batch.
+
+    `ess` is Kish's effective sample size of the importance weights as a share of the tokens: (sum w)^2 / (n sum w^2).
+    """
+    tokens = sums["tokens"]
+
+    def mean(name: str) -> float:
+        return sums[name] / tokens
+
+    def std(name: str) -> float:
+        return max(0.0, mean(f"{name}_squared") - mean(name) ** 2) ** 0.5
+
+    metrics = {
+        "train/loss": sums["loss"] / count,
+        "train/objective": mean("objective"),
+        "train/kl_to_inference": mean("kl_to_inference"),
+        "train/entropy": mean("entropy"),
+        "train/clip_fraction": mean("clipped_low") + mean("clipped_high"),
+        "train/clip_fraction_low": mean("clipped_low"),
+        "train/clip_fraction_high": mean("clipped_high"),
+        "train/gradient_tokens": mean("carries"),
+        "train/ratio_mean": mean("ratio"),
+        "train/ratio_std": std("ratio"),
+        "train/ratio_max": maxima["ratio"],
+        "train/ess": sums["ratio"] ** 2 / (tokens * sums["ratio_squared"]),
+    }
+    if "kl_to_reference" in sums:
+        metrics["train/kl_to_reference"] = mean("kl_to_reference")
+        metrics["train/kl_to_reference_std"] = std("kl_to_reference")
+    of_penalty = {"train/penalty": "penalty", "train/over_margin": "over_margin", "train/transport": "transport"}
+    return metrics | {metric: mean(name) for metric, name in of_penalty.items() if name in sums}
