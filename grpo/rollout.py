@@ -130,7 +130,8 @@ def trim(batch: TensorDict) -> TensorDict:
     size = int((batch["prompt_length"] + batch["response_length"]).max())
     if size == batch["tokens"].shape[-1]:
         return batch
-    cut = {key: batch[key].narrow(batch.ndim, 0, size) for key in PER_TOKEN if key in batch}
+    along = batch["tokens"].ndim - 1
+    cut = {key: batch[key].narrow(along, 0, size) for key in PER_TOKEN if key in batch}
     return batch.clone(recurse=False).update(cut)
 
 
