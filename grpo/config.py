@@ -268,6 +268,9 @@ class TrainConfig:
         None  # async: optimiser steps a push; null: those of dialog_turns_per_batch responses
     )
     drain_before_push: bool = False  # async: responses that run end under the weights that they began with
+    is_correction: str = "none"  # importance weights for what stale weights or the engine sampled: none, truncate, mask
+    is_cap: float = 2.0  # the largest weight; beyond it is truncated to it, or masked
+    is_level: str = "token"  # or sequence: a response's tokens share their product
     use_kl_to_ref: bool = True  # false: no reference model at all
     kl_to_ref_coeff: float = 0.01
     kl_to_inference_coeff: float = 0.0
@@ -305,6 +308,9 @@ class TrainConfig:
             self.stop_when,
             "needs train.eval_frequency above 0: it counts evaluations",
         )
+        _one_of("train.is_correction", self.is_correction, ("none", "truncate", "mask"))
+        _one_of("train.is_level", self.is_level, ("token", "sequence"))
+        _check(0 < self.is_cap < math.inf, "train.is_cap", self.is_cap, "must be above 0")
         _one_of("train.weight_transport", self.weight_transport, ("auto", "shared_memory", "gloo", "nccl"))
         if self.max_staleness is not None:
             _at_least("train", self, 0, "max_staleness")
@@ -479,6 +485,12 @@ class RunConfig:
             "train.drain_before_push",
             train.drain_before_push,
             "must be false in sync mode, where nothing runs during a push",
+        )
+        _check(
+            train.is_correction == "none" or train.epochs == 1,
+            "train.is_correction",
+            train.is_correction,
+            f"needs train.epochs=1 in sync mode, has {train.epochs}",
         )
 
     def _check_async(self) -> None:

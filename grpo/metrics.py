@@ -69,6 +69,13 @@ METRICS = {
     "train/group_entropy": "offline: entropy of the policy's distribution over a group's completions, nats",
     "train/target_entropy": "offline: entropy of the scores' distribution over them, nats",
     "train/completion_log_prob": "offline: log-prob of the completions, nats a token",
+    "train/mismatch": "mean |trainer now - inference| log-prob of a token, nats: what staleness and the engine's arithmetic "
+    "make together; sync/probe_difference is the second alone",
+    "train/is_weight_mean": "importance weight between trainer and inference as the loss has it (train.is_correction)",
+    "train/is_raw_mean": "the same before train.is_cap",
+    "train/is_raw_std": "its standard deviation over tokens",
+    "train/is_raw_max": "the largest",
+    "train/is_limited": "share of tokens whose weight was truncated or masked",
     "train/grad_norm": "gradient norm before clipping",
     "train/lr": "learning rate",
     "train/skipped_updates": "1 where every advantage was 0 and the weights stayed",

@@ -42,6 +42,7 @@ PER_TOKEN = (
     "anchor_states",
     "token_versions",
     "log_probs",
+    "proximal_log_probs",
 )
 
 

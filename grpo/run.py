@@ -114,9 +114,12 @@ class Run(Session):
     def step(self, batch: TensorDict) -> None:
         """One optimiser step on `batch` [B], logged."""
         now = self.progress
-        with_log_probs = self.first_use and self.config.logging.rollout_tokens
+        proximal = self.config.train.is_correction != "none" and self.config.train.epochs > 1
+        with_log_probs = self.first_use and (self.config.logging.rollout_tokens or proximal)
         with self.clock.phase("train"):
             metrics, log_probs = self.trainer.step(batch.exclude("records"), now.num_steps + 1, with_log_probs)
+        if self.first_use and proximal:  # later steps on this batch compare with the policy as it was before this one
+            batch["proximal_log_probs"] = log_probs
         now.num_steps += 1
         now.steps_since_push += 1
         length = int(batch["prompt_length"][0] + batch["response_length"][0])
@@ -127,7 +130,7 @@ class Run(Session):
         last, self.stepped_s = self.stepped_s, self._training_clock()
         metrics["time/samples_per_s"] = len(batch) / (self.stepped_s - last)
         if self.first_use:
-            self.log.rollouts(now.num_steps, batch, log_probs)
+            self.log.rollouts(now.num_steps, batch, log_probs if self.config.logging.rollout_tokens else None)
         self.log.step(now.num_steps, now.policy_version, metrics)
         self._count_skipped(metrics)
         self.writer.poll()

@@ -44,6 +44,7 @@ from grpo.models import (
     token_log_probs,
 )
 from grpo.objectives import policy
+from grpo.objectives.correction import correction_weights
 from grpo.objectives.divergences import ESTIMATES, kl_penalty, token_penalty, transport_penalty
 from grpo.objectives.online import online_loss, summarise
 from grpo.offline_config import OfflineObjectiveConfig, OfflineTrainConfig
@@ -96,6 +97,12 @@ def make_penalty(objective: ObjectiveConfig) -> Callable[..., dict[str, torch.Te
     if objective.divergence == "kl":
         return partial(kl_penalty, margin=objective.kl_margin)
     return partial(token_penalty, estimate=ESTIMATES[objective.divergence])
+
+
+def make_correction(train: TrainConfig) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
+    if train.is_correction == "none":
+        return None
+    return partial(correction_weights, how=train.is_correction, level=train.is_level, cap=train.is_cap)
 
 
 def _over_ranks(values: dict[str, torch.Tensor], how: dist.ReduceOp.RedOpType) -> dict[str, float]:
@@ -161,6 +168,7 @@ class TrainerActor:
                 policy.load(objective.policy_loss), clip_low=objective.clip_low, clip_high=objective.clip_high
             ),
             aggregation=objective.aggregation,
+            correction=make_correction(spec.train),
             kl_to_ref_coeff=spec.train.kl_to_ref_coeff,
             kl_to_inference_coeff=spec.train.kl_to_inference_coeff,
             entropy_coeff=spec.train.entropy_coeff,
@@ -262,7 +270,8 @@ class TrainerActor:
         elif self.spec.charges_divergence:
             penalty = self.penalty(log_probs, reference_log_probs, mask)
         compared = batch["inference_log_probs"], reference_log_probs
-        loss, totals, largest = self.loss(log_probs, entropy, *compared, batch["advantage"], mask, penalty)
+        proximal = batch.get("proximal_log_probs", None)
+        loss, totals, largest = self.loss(log_probs, entropy, *compared, batch["advantage"], mask, penalty, proximal)
         return log_probs, loss, totals, largest
 
     def _summarise(self, sums: dict[str, float], maxima: dict[str, float], count: int) -> dict[str, float]:

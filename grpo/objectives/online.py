@@ -33,12 +33,14 @@ def online_loss(
     advantages: torch.Tensor,
     response_mask: torch.Tensor,
     penalty: dict[str, torch.Tensor] | None,
+    proximal_log_probs: torch.Tensor | None = None,
     *,
     policy_loss: Callable[..., PolicyLoss],
     aggregation: str,
     kl_to_ref_coeff: float,
     kl_to_inference_coeff: float,
     entropy_coeff: float,
+    correction: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """A policy loss with penalties a token, summed as `aggregation` has it.
 
@@ -50,7 +52,9 @@ def online_loss(
 
     log_probs, entropy, inference_log_probs, reference_log_probs: float [B, T]; advantages: float [B];
     response_mask: bool [B, T] with at least one true a row. Log-probs in nats. `reference_log_probs` is None where no
-    reference is used: it is for metrics. `penalty` is what one of `divergences` returned, or None.
+    reference is used: it is for metrics. `penalty` is what one of `divergences` returned, or None. With `correction` (see
+    grpo/objectives/correction.py) the policy loss compares with `proximal_log_probs`, float [B, T], in the place of the
+    inference policy's, and is multiplied by the weights between the two; None is the policy as it is.
     Divide the loss by the `divisor` of the batch, over all ranks and micro-batches.
 
     Returns the scalar loss, and for `summarise` token sums and maxima.
@@ -58,21 +62,29 @@ def online_loss(
     Source: the grpo preset is DeepSeekMath's, arXiv 2402.03300, equations 3 and 4; `token` is DAPO's, arXiv 2503.14476;
     `constant` that of Dr. GRPO, arXiv 2503.20783.
     """
-    log_ratio = torch.where(response_mask, log_probs - inference_log_probs, 0.0)
-    ratio = log_ratio.detach().exp()
-    policy = policy_loss(log_probs, inference_log_probs, advantages, response_mask)
-    kl_to_inference = -log_ratio
-    token_loss = policy.loss + kl_to_inference_coeff * kl_to_inference - entropy_coeff * entropy
+    kl_to_inference = -torch.where(response_mask, log_probs - inference_log_probs, 0.0)
+    compared = inference_log_probs
+    if correction is not None:
+        compared = log_probs.detach() if proximal_log_probs is None else proximal_log_probs
+    ratio = torch.where(response_mask, log_probs - compared, 0.0).detach().exp()
+    policy = policy_loss(log_probs, compared, advantages, response_mask)
+    weight = raw = torch.ones_like(ratio)
+    if correction is not None:
+        weight, raw = correction(compared, inference_log_probs, response_mask)
+    token_loss = weight * policy.loss + kl_to_inference_coeff * kl_to_inference - entropy_coeff * entropy
     sums = {
-        "objective": -policy.loss,
+        "objective": -weight * policy.loss,
         "ratio": ratio,
         "ratio_squared": ratio.double().square(),
         "clipped_low": policy.clipped_low,
         "clipped_high": policy.clipped_high,
         "carries": policy.carries,
         "kl_to_inference": kl_to_inference,
+        "mismatch": kl_to_inference.abs(),
         "entropy": entropy,
     }
+    if correction is not None:
+        sums |= {"is_weight": weight, "is_raw": raw, "is_raw_squared": raw.double().square(), "is_limited": weight != raw}
     if reference_log_probs is not None:
         sums["kl_to_reference"] = k3(log_probs.detach(), torch.where(response_mask, reference_log_probs, log_probs.detach()))
         sums["kl_to_reference_squared"] = sums["kl_to_reference"].square()
@@ -84,7 +96,7 @@ def online_loss(
     loss = (rows / mask.sum(1) if aggregation == "response" else rows).sum()
     totals = {name: torch.where(response_mask, v.detach().double(), 0.0).sum() for name, v in sums.items()}
     totals |= {"loss": loss.detach().double(), "tokens": mask.double().sum()}
-    return loss, totals, {"ratio": ratio.double().max()}
+    return loss, totals, {"ratio": ratio.double().max(), "is_raw": raw.double().max()}
 
 
 def summarise(sums: dict[str, float], maxima: dict[str, float], count: int) -> dict[str, float]:
@@ -113,7 +125,16 @@ def summarise(sums: dict[str, float], maxima: dict[str, float], count: int) -> d
         "train/ratio_std": std("ratio"),
         "train/ratio_max": maxima["ratio"],
         "train/ess": sums["ratio"] ** 2 / (tokens * sums["ratio_squared"]),
+        "train/mismatch": mean("mismatch"),
     }
+    if "is_raw" in sums:
+        metrics |= {
+            "train/is_weight_mean": mean("is_weight"),
+            "train/is_raw_mean": mean("is_raw"),
+            "train/is_raw_std": std("is_raw"),
+            "train/is_raw_max": maxima["is_raw"],
+            "train/is_limited": mean("is_limited"),
+        }
     if "kl_to_reference" in sums:
         metrics["train/kl_to_reference"] = mean("kl_to_reference")
         metrics["train/kl_to_reference_std"] = std("kl_to_reference")

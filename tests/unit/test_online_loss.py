@@ -270,6 +270,7 @@ def test_summarise_gives_hand_worked_means():
             "train/ratio_mean": 0.92,
             "train/ratio_std": math.sqrt(4.96 / 5 - 0.92**2),
             "train/ess": 4.6**2 / (5 * 4.96),
+            "train/mismatch": (math.log(1.5) + 2 * math.log(2) + math.log(1.1)) / 5,
             "train/kl_to_reference": mean_kl,
             "train/kl_to_reference_std": math.sqrt(sum(kl**2 for kl in kls) / 5 - mean_kl**2),
         }
@@ -289,5 +290,5 @@ def test_on_policy_data_has_an_effective_sample_size_of_one_and_no_spread():
 def test_one_dominant_ratio_leaves_the_effective_size_of_one_token():
     # Weights 100 and nine of 0.01: ess is about 1 of 10 tokens.
     sums = {"ratio": 100.09, "ratio_squared": 10000.0009, "tokens": 10.0}
-    others = ("loss", "objective", "kl_to_inference", "entropy", "clipped_low", "clipped_high", "carries")
+    others = ("loss", "objective", "kl_to_inference", "entropy", "clipped_low", "clipped_high", "carries", "mismatch")
     assert summarise(sums | dict.fromkeys(others, 0.0), {"ratio": 100.0}, 1)["train/ess"] == pytest.approx(0.1, rel=1e-2)
