@@ -26,9 +26,10 @@ from grpo.metrics import Clock
 from grpo.models import load_tokenizer
 from grpo.pools import ReferencePool
 from grpo.remote import get
-from grpo.rollout import Completions, pack
+from grpo.rollout import Completions, pack, teaching
 from grpo.tasks import EncodedProblems
 
+BUFFER = "the replay buffer actor"
 LOOK_S = 1.0  # between two looks at whether the run has ended
 
 
@@ -92,8 +93,15 @@ class CollectorActor:
         while not self.ended.is_set():
             completions = get(self.engine.take.remote(LOOK_S), timeout_s, self.engine_name, "sampling")
             if completions is not None:
-                groups = finish(graded_turn(env, self._rollouts(completions.in_request_order())))
-                get(self.buffer.extend.remote(groups), timeout_s, "the replay buffer actor", f"taking {len(groups)} groups")
+                self._write(finish(graded_turn(env, self._rollouts(completions.in_request_order()))))
+
+    def _write(self, groups: TensorDict) -> None:
+        kept, dropped = groups.unbind(0), []
+        if self.config.train.skip_zero_advantage:
+            kept, dropped = teaching(groups)
+        notes = {int(group["group_id"][0]): group["record"].grades for group in dropped}
+        calls = [self.buffer.extend.remote(list(kept)), self.buffer.drop.remote(notes)]
+        get(calls, self.config.ray.timeout_s, BUFFER, f"taking {len(groups)} groups")
 
     def _rollouts(self, completions: Completions) -> TensorDict:
         """Whole groups [G, K]; an engine's request ids are group ids."""

@@ -268,6 +268,7 @@ class TrainConfig:
         None  # async: optimiser steps a push; null: those of dialog_turns_per_batch responses
     )
     drain_before_push: bool = False  # async: responses that run end under the weights that they began with
+    skip_zero_advantage: bool = False  # groups whose rewards are all equal are sampled anew: other prompts take their place
     is_correction: str = "none"  # importance weights for what stale weights or the engine sampled: none, truncate, mask
     is_cap: float = 2.0  # the largest weight; beyond it is truncated to it, or masked
     is_level: str = "token"  # or sequence: a response's tokens share their product

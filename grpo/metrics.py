@@ -85,6 +85,8 @@ METRICS = {
     "buffer/staleness_max": "policy versions between sampling and training, the largest",
     "buffer/staleness_mean": "the same, mean over rollouts",
     "buffer/staleness_steps_max": "optimiser steps between the weights that sampled and those that are trained, the largest",
+    "rollout/dropped_groups": "groups with equal rewards that others took the place of (train.skip_zero_advantage)",
+    "rollout/reward_mean_with_dropped": "mean reward over the batch's groups, or the collection's, and those",
     "buffer/size": "async: finished groups that wait in the buffer when a batch was taken",
     "buffer/in_flight": "async: groups that were started and not finished then",
     "sync/probe_difference": "mean |trainer - engine| log-prob of a probe text after a push, the largest engine's, nats",

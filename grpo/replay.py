@@ -4,12 +4,14 @@ In sync mode it holds one collection and yields each of its groups once an epoch
 drawn at random. In async mode it is a Ray actor: collectors write to it, and the driver takes the groups that it chose.
 """
 
+from collections.abc import Iterable
 from functools import partial
 
 from tensordict import TensorDict
 from torchrl.data import ListStorage, ReplayBuffer
 from torchrl.data.replay_buffers import SamplerWithoutReplacement
 
+from grpo.rewards import Grade
 from grpo.rollout import collate
 
 
@@ -39,17 +41,23 @@ class GroupBuffer(ReplayBuffer):
         super().__init__(storage=partial(ListStorage), collate_fn=collate, batch_size=1)
         self.slots: dict[int, int] = {}  # where a group lies, by its id
         self.free: list[int] = []
+        self.dropped: dict[int, list[Grade]] = {}  # verdicts of groups that are not trained on, since the last look
 
-    def extend(self, groups: TensorDict) -> None:
-        """Add `groups` [G]."""
-        for i in range(len(groups)):
+    def extend(self, groups: Iterable[TensorDict]) -> None:
+        """Add groups of shape [K, ...]."""
+        for group in groups:
             slot = self.free.pop() if self.free else len(self.slots)
-            self.storage.set(slot, groups[i])
-            self.slots[int(groups[i]["group_id"][0])] = slot
+            self.storage.set(slot, group)
+            self.slots[int(group["group_id"][0])] = slot
 
-    def finished(self) -> list[int]:
-        """The ids of the groups that are here."""
-        return list(self.slots)
+    def drop(self, dropped: dict[int, list[Grade]]) -> None:
+        """Take note of groups that are left out, by their ids."""
+        self.dropped |= dropped
+
+    def look(self) -> tuple[list[int], dict[int, list[Grade]]]:
+        """The ids of the groups that are here, and the groups that were dropped since the last look."""
+        dropped, self.dropped = self.dropped, {}
+        return list(self.slots), dropped
 
     def take(self, ids: list[int], keep: bool = False) -> TensorDict:
         """A batch [B] of these groups, which are then no longer here unless they are to be kept."""

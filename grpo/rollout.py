@@ -29,7 +29,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tensordict import TensorDict
+from tensordict import NonTensorData, NonTensorStack, TensorDict
 from torch.nn.functional import pad
 
 from grpo.rewards import Grade
@@ -166,3 +166,19 @@ def collate(groups: list[TensorDict]) -> TensorDict:
     batch = TensorDict({key: rows(key) for key in keys})
     batch.auto_batch_size_(1)
     return trim(batch).set_non_tensor("records", [group["record"] for group in groups])
+
+
+def regroup(groups: list[TensorDict]) -> TensorDict:
+    """A collection [G] of groups of shape [K, ...] and any widths."""
+    batch, records = collate(groups), [group["record"] for group in groups]
+    collection = batch.exclude("records").unflatten(0, (len(groups), -1))
+    collection.batch_size = [len(groups)]
+    return collection.set("record", NonTensorStack(*[NonTensorData(record) for record in records]))
+
+
+def teaching(groups: TensorDict) -> tuple[list[TensorDict], list[TensorDict]]:
+    """The groups of a collection [G] in which an advantage is not 0, and the others, whose rewards are all equal."""
+    parts: tuple[list[TensorDict], list[TensorDict]] = ([], [])
+    for group in groups.unbind(0):
+        parts[0 if group["advantage"].any() else 1].append(group)
+    return parts

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo.checkpoint import Checkpoint, CheckpointWriter
 from grpo.config import RunConfig
-from grpo.errors import RewardError
+from grpo.errors import RewardError, TrainingError
 from grpo.evaluate import accuracy
 from grpo.grading import GradingPool
 from grpo.metrics import Clock, RunLog, rollout_metrics
@@ -27,6 +27,7 @@ from grpo.rewards import Grade
 from grpo.session import Session, is_due
 from grpo.tasks import EncodedProblems
 
+MOST_DROPPED = 50  # batches of groups without advantage in a row
 PROBE_TOKENS = 512  # of a probe text, at most
 
 
@@ -38,7 +39,8 @@ class Progress:
     steps_since_push: int = 0
     samples_trained: int = 0
     policy_version: int = 0
-    position: int = 0  # sync: prompts whose collections were handed out
+    collections: int = 0  # sync: that were handed out,
+    position: int = 0  # and prompts that were used
     admission: dict = field(default_factory=dict)  # async: `Admission.state`
     evaluated: bool = True  # whether the evaluation that was due after the last push was made
     skipped_in_a_row: int = 0  # steps that were not finite
@@ -104,6 +106,23 @@ class Run(Session):
             raise RewardError(
                 f"{notes.total()} of {len(grades)} responses could not be graded, more than train.max_grader_error_rate "
                 f"({self.config.train.max_grader_error_rate:g}) allows; {count} times: {note}"
+            )
+
+    def _look_at(self, kept: list[list[Grade]], dropped: list[list[Grade]]) -> None:
+        """What is to be known of verdicts on groups [K] before those that are `kept` are trained on."""
+        grades = [grade for group in kept + dropped for grade in group]
+        self._check_grading(grades)
+        if self.config.train.skip_zero_advantage:
+            rewards = [grade.reward for grade in grades if grade.is_verdict]
+            self.of_batch |= {"rollout/dropped_groups": len(dropped)}
+            self.of_batch |= {"rollout/reward_mean_with_dropped": sum(rewards) / max(1, len(rewards))}
+
+    def _check_dropped(self, count: int) -> None:
+        """Raise TrainingError where nothing but groups without advantage comes."""
+        if count > MOST_DROPPED * self.config.groups_per_batch:
+            raise TrainingError(
+                f"{count} groups in a row had equal rewards, and train.skip_zero_advantage (true) leaves them out: the "
+                "problems are too easy or too hard for this model; choose others, or raise env.repeats"
             )
 
     @property

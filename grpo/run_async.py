@@ -17,16 +17,17 @@ from ray.actor import ActorHandle
 from tensordict import TensorDict
 
 from grpo.admission import Admission
+from grpo.background import BUFFER
 from grpo.checkpoint import Checkpoint
 from grpo.collect import PromptStream, sampling_seed
 from grpo.errors import ActorError
 from grpo.inference import Sampling
 from grpo.preemption import REQUEST
 from grpo.remote import get, get_all
+from grpo.rewards import Grade
 from grpo.run import Run
 
 POLL_S = 0.01  # between two looks into the buffer
-BUFFER = "the replay buffer actor"
 
 
 @dataclass(kw_only=True)
@@ -38,6 +39,7 @@ class AsyncRun(Run):
     admission: Admission
     collecting: dict[str, ObjectRef] = field(default_factory=dict)  # the collectors' calls that end with the run
     finished: set[int] = field(default_factory=set)  # groups that were in the buffer at the last look
+    dropped: dict[int, list[Grade]] = field(default_factory=dict)  # groups without advantage since the last batch
 
     def batches(self) -> Iterator[TensorDict]:
         """Optimiser batches [B] of finished groups, none of them older than train.max_staleness when it is trained on."""
@@ -74,13 +76,19 @@ class AsyncRun(Run):
                 time.sleep(POLL_S)
             batch = get(self.buffer.take.remote(chosen), timeout_s, BUFFER, "giving a batch")
         self.of_batch = {"buffer/size": len(self.finished) - len(chosen), "buffer/in_flight": self._in_flight}
-        self._check_grading([grade for record in batch["records"] for grade in record.grades])
+        dropped, self.dropped = list(self.dropped.values()), {}
+        self._look_at([record.grades for record in batch["records"]], dropped)
         return batch
 
     def _choose(self) -> list[int] | None:
-        finished = get(self.buffer.finished.remote(), self.config.ray.timeout_s, BUFFER, "telling what is finished")
-        self.engines.finished(set(finished) - self.finished)
+        finished, dropped = get(self.buffer.look.remote(), self.config.ray.timeout_s, BUFFER, "telling what is finished")
+        self.engines.finished(dropped.keys() | set(finished) - self.finished)
         self.finished = set(finished)
+        if dropped:
+            self.dropped |= dropped
+            self._check_dropped(len(self.dropped))
+            self.admission.drop(dropped)
+            self._feed()
         return self.admission.choose(finished)
 
     @property

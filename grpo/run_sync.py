@@ -21,6 +21,8 @@ from grpo.errors import ActorError
 from grpo.pools import ReferencePool
 from grpo.preemption import REQUEST
 from grpo.replay import refill
+from grpo.rewards import Grade
+from grpo.rollout import regroup, teaching
 from grpo.run import Run
 
 
@@ -39,31 +41,42 @@ class SyncRun(Run):
             yield self.rollouts
         while self._wants_more:
             REQUEST.check()
-            self.rollouts = self._next_collection()
-            self._check_grading([grade for i in range(len(self.rollouts)) for grade in self.rollouts[i]["record"].grades])
-            self.progress.position += len(self.rollouts)
+            self.rollouts, dropped = self._next_collection()
+            self.of_batch = {}
+            self._look_at([self.rollouts[i]["record"].grades for i in range(len(self.rollouts))], dropped)
+            self.progress.collections += 1
             if self._wants_more and not self.config.train.sync_iter:
                 self.ahead = self.background.submit(self._collect)
             yield self.rollouts
 
     @property
     def _wants_more(self) -> bool:
-        return not self._at_plateau and self.progress.position < self.config.num_groups
+        return not self._at_plateau and self.progress.collections < self.config.num_collections
 
-    def _collect(self) -> TensorDict:
-        return next(self._collections)
+    def _collect(self) -> tuple[TensorDict, list[list[Grade]]]:
+        """A collection, and the verdicts on groups that were left out of it."""
+        if not self.config.train.skip_zero_advantage:
+            return next(self._collections), []
+        kept, dropped = [], []
+        while len(kept) < self.config.groups_per_collection:
+            teach, others = teaching(next(self._collections))
+            kept += teach
+            dropped += [group["record"].grades for group in others]
+            if not kept:
+                self._check_dropped(len(dropped))
+        return regroup(kept[: self.config.groups_per_collection]), dropped
 
     @cached_property
     def _collections(self) -> Iterator[TensorDict]:
         return iter(self.collector)
 
-    def _next_collection(self) -> TensorDict:
+    def _next_collection(self) -> tuple[TensorDict, list[list[Grade]]]:
         if self.ahead is None:
             return self._collect()
-        rollouts, self.ahead = self._wait_for_collection(), None
-        return rollouts
+        collected, self.ahead = self._wait_for_collection(), None
+        return collected
 
-    def _wait_for_collection(self) -> TensorDict:
+    def _wait_for_collection(self) -> tuple[TensorDict, list[list[Grade]]]:
         with self.clock.phase("wait"):
             try:
                 return self.ahead.result(self.config.ray.timeout_s)
@@ -115,7 +128,8 @@ class SyncRun(Run):
         if self.progress.steps_since_push:
             collections["collection"] = self.rollouts
         if self.ahead is not None:  # it was sampled under weights that are gone by then
-            collections["ahead"] = self._wait_for_collection()
+            collections["ahead"], _ = self._wait_for_collection()
+        self.progress.position = self.collector.env.stream.position
         return collections
 
     def _restore(self, checkpoint: Checkpoint) -> None:
@@ -124,8 +138,7 @@ class SyncRun(Run):
         ahead = checkpoint.collection("ahead")
         if ahead is not None:
             self.ahead = Future()
-            self.ahead.set_result(ahead)
-            self.collector.env.stream.position += len(ahead)
+            self.ahead.set_result((ahead, []))
         if self.progress.policy_version > 0 and self.rollouts is None:
             self.push(self.progress.policy_version)
 

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 import grpo_async
-from grpo.errors import RewardError
+from grpo.errors import RewardError, TrainingError
 from grpo.launch import compose
 
 from .conftest import SMALL, Finished, same_weights
@@ -70,6 +70,37 @@ def test_two_ranks_two_engines_and_a_reference(run_async):
         largest = max([largest, *(abs(a - b) for a, b, version in pairs if version == line["step"] - 1)])
     assert largest < 1e-5
     assert run.metrics[-1]["train/kl_to_reference"] > 0
+
+
+def test_groups_without_advantage_are_sampled_anew_in_both_modes(run_async, run_sync):
+    for run in (
+        run_async(TRANSFORMERS, "train.skip_zero_advantage=true"),
+        run_sync(TRANSFORMERS, "train.skip_zero_advantage=true"),
+    ):
+        assert all(row["rollout/equal_groups"] == 0 for row in run.metrics)
+        assert sum(row["rollout/dropped_groups"] for row in run.metrics) > 0
+        # All of a dropped group's rewards are equal, so the mean is another one.
+        assert any(row["rollout/reward_mean_with_dropped"] != row["rollout/reward_mean"] for row in run.metrics)
+        groups = Counter(line["group_id"] for line in run.rollouts)
+        assert set(groups.values()) == {8}
+        assert len(groups) == 8 * len(run.metrics)
+
+
+def test_groups_that_are_all_alike_end_the_run(run_async, tmp_path):
+    (tmp_path / "rewards.py").write_text("def same(prompts, responses, answers):\n    return [1.0 for _ in responses]\n")
+    with pytest.raises(TrainingError, match=r"groups in a row had equal rewards.*raise env.repeats"):
+        run_async(TRANSFORMERS, "train.skip_zero_advantage=true", f"env.reward_fn={tmp_path}/rewards.py:same")
+
+
+def test_importance_weights_correct_for_stale_weights(run_async):
+    run = run_async("train.is_correction=truncate", "train.is_cap=1.01", "train.max_staleness=3")
+    assert run.metrics[0]["train/is_raw_mean"] == pytest.approx(1, abs=1e-4)
+    stale = run.metrics[-1]
+    assert stale["buffer/staleness_max"] == 3
+    assert stale["train/ratio_mean"] == pytest.approx(1, abs=1e-6)  # to the policy as it is, which alone is clipped against
+    assert stale["train/is_raw_std"] > 1e-3
+    assert 0 < stale["train/is_limited"] < 1
+    assert stale["train/mismatch"] > run.metrics[0]["train/mismatch"]
 
 
 def test_draining_ends_what_runs_under_the_weights_that_it_began_with(run_async):

@@ -74,18 +74,21 @@ def test_a_new_collection_replaces_the_one_before():
 
 def test_the_async_buffer_gives_groups_in_any_order_and_their_room_to_others():
     buffer = GroupBuffer()
-    buffer.extend(collection(0, 3))
-    buffer.extend(collection(7, 2))
-    assert sorted(buffer.finished()) == [0, 1, 2, 7, 8]
+    buffer.extend(collection(0, 3).unbind(0))
+    buffer.extend(collection(7, 2).unbind(0))
+    assert sorted(buffer.look()[0]) == [0, 1, 2, 7, 8]
     batch = buffer.take([1, 8])
     assert batch["group_id"].tolist() == [1] * K + [8] * K
     assert batch["reward"].tolist() == [10, 11, 12, 80, 81, 82]
     assert [record.prompt for record in batch["records"]] == ["prompt 1", "prompt 8"]
-    assert sorted(buffer.finished()) == [0, 2, 7]
-    buffer.extend(collection(20, 3))
+    assert sorted(buffer.look()[0]) == [0, 2, 7]
+    buffer.extend(collection(20, 3).unbind(0))
     assert len(buffer) == 6  # the room of two was used again
     assert buffer.take([0, 20, 22, 21])["group_id"][::K].tolist() == [0, 20, 22, 21]
     assert buffer.take([2], keep=True)["group_id"].tolist() == [2] * K
-    assert sorted(buffer.finished()) == [2, 7]
+    assert sorted(buffer.look()[0]) == [2, 7]
+    buffer.drop({30: []})
+    assert buffer.look()[1] == {30: []}
+    assert buffer.look()[1] == {}
     with pytest.raises(KeyError):
         buffer.take([0])

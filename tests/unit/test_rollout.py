@@ -4,9 +4,9 @@ import torch
 from tensordict import NonTensorData, NonTensorStack, TensorDict
 
 from grpo.rewards import Grade
-from grpo.rollout import Completions, GroupRecord, collate, length_mask, pack, trim
+from grpo.rollout import Completions, GroupRecord, collate, length_mask, pack, regroup, teaching, trim
 
-from .conftest import completions
+from .conftest import completions, ragged_rollouts
 
 
 def two_responses() -> Completions:
@@ -18,6 +18,23 @@ def two_responses() -> Completions:
         log_probs=np.array([-0.1, -0.2, -0.3, -0.4, -0.5], dtype=np.float32),
         versions=np.array([4, 3, 7, 7, 8], dtype=np.int32),
     )
+
+
+def test_groups_are_parted_by_whether_they_teach_and_put_together_again():
+    rollouts = ragged_rollouts().reshape(4, 2)
+    rollouts["advantage"] = torch.tensor([[1.0, -1.0], [0.0, 0.0], [0.5, -0.5], [0.0, 0.0]])
+    rollouts["group_id"] = torch.arange(4)[:, None].expand(4, 2)
+    rollouts.batch_size = [4]
+    records = [GroupRecord(f"prompt {i}", "", [], []) for i in range(4)]
+    rollouts = rollouts.set("record", NonTensorStack(*[NonTensorData(record) for record in records]))
+    teach, others = teaching(rollouts)
+    again = regroup(teach)
+    assert again.batch_size == (2,)
+    assert again["group_id"].tolist() == [[0, 0], [2, 2]]
+    assert [again[i]["record"].prompt for i in range(2)] == ["prompt 0", "prompt 2"]
+    width = again["tokens"].shape[-1]
+    assert torch.equal(again["tokens"], rollouts["tokens"][[0, 2]][..., :width])
+    assert [group["record"].prompt for group in others] == ["prompt 1", "prompt 3"]
 
 
 def test_pack_puts_everything_where_the_contract_says_with_token_zero_as_a_real_token():
