@@ -55,6 +55,10 @@ class EnginePool:
         for i in ids:
             del self.running[i]
 
+    def busy(self) -> dict[str, ObjectRef]:
+        """Seconds that each engine has spent sampling."""
+        return named("inference", [actor.busy.remote() for actor in self.actors])
+
     def drain(self) -> dict[str, ObjectRef]:
         """Have every engine end what runs."""
         return named("inference", [actor.drain.remote() for actor in self.actors])

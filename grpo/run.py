@@ -205,6 +205,10 @@ class Run(Session):
             max_tokens = self.config.inference_model.max_tokens
             return accuracy(self.engines, self.grading, self.data[split], self.tokenizer, max_tokens, self._eval_seed)
 
+    def _account(self, summary: dict) -> dict:
+        """What the mode has to add to summary.json."""
+        return {}
+
     @property
     @abstractmethod
     def _eval_seed(self) -> int | None:
@@ -229,6 +233,7 @@ class Run(Session):
             "phases_s": {name: round(s, 3) for name, s in self.clock.total.items() if name not in ("eval", "checkpoint")},
             "restarts": {},
         }
+        summary |= self._account(summary)
         write_whole(self.run_dir / SUMMARY, json.dumps(summary, indent=2) + "\n")
         plot_run(self.run_dir)
         print(

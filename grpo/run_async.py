@@ -16,6 +16,7 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 from tensordict import TensorDict
 
+from grpo.account import describe, make_account
 from grpo.admission import Admission
 from grpo.background import BUFFER
 from grpo.checkpoint import Checkpoint
@@ -39,6 +40,7 @@ class AsyncRun(Run):
     admission: Admission
     collecting: dict[str, ObjectRef] = field(default_factory=dict)  # the collectors' calls that end with the run
     finished: set[int] = field(default_factory=set)  # groups that were in the buffer at the last look
+    evaluating_s: float = 0.0  # engine seconds
     dropped: dict[int, list[Grade]] = field(default_factory=dict)  # groups without advantage since the last batch
 
     def batches(self) -> Iterator[TensorDict]:
@@ -116,11 +118,33 @@ class AsyncRun(Run):
         super().push_weights()
         self.admission.pushed(self.progress.policy_version)
 
+    def evaluate(self, split: str) -> dict[str, float]:
+        """As in sync mode, beside what the engines are at; their time meanwhile is no part of training's account."""
+        before = self._ask(self.engines.busy(), "telling its time")
+        found = super().evaluate(split)
+        after = self._ask(self.engines.busy(), "telling its time")
+        self.evaluating_s += sum(after) - sum(before)
+        return found
+
     def finish(self) -> None:
         if self.progress.steps_since_push:
             self.push_weights()
-        get_all({name: actor.end.remote() for name, actor in self.collectors.items()}, self.config.ray.timeout_s, "ending")
+        self._ask({name: actor.end.remote() for name, actor in self.collectors.items()}, "ending")
         super().finish()
+
+    def _account(self, summary: dict) -> dict:
+        engines = self._ask(self.engines.busy(), "telling its time")
+        phases = self._ask({name: actor.phases.remote() for name, actor in self.collectors.items()}, "telling its time")
+        for name in ("reward", "reference"):
+            summary["phases_s"][name] = round(sum(phase[name] for phase in phases), 3)
+        summary["phases_s"]["generate"] = round((sum(engines) - self.evaluating_s) / len(engines), 3)
+        ranks, wall_s = self.config.train_model.num_devices, self._training_clock() - self.started_s
+        account = make_account(summary["phases_s"], wall_s, len(engines), ranks, self.config.steps_per_push)
+        print(f"\n{describe(account)}")
+        return {"account": account}
+
+    def _ask(self, calls: dict[str, ObjectRef], doing: str) -> list:
+        return get_all(calls, self.config.ray.timeout_s, doing)
 
     def _state(self) -> dict[str, TensorDict]:
         self.progress.admission = self.admission.state

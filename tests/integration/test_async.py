@@ -50,6 +50,11 @@ def test_no_rollout_is_older_than_the_bound_and_each_prompt_is_trained_on_once(r
     assert max(staleness(run)) == 2
     assert max(row["buffer/staleness_max"] for row in run.metrics) == 2
     assert run.summary["policy_version"] == 8
+    account = run.summary["account"]
+    assert 0 < account["engines_busy"] <= 1
+    assert 0 < account["trainer_busy"] + account["waiting_for_data"] <= 1.01
+    assert run.summary["phases_s"]["reference"] > 0
+    assert run.summary["phases_s"]["reward"] > 0
 
 
 def test_pushes_at_their_own_frequency_and_several_epochs(run_async):

@@ -1,0 +1,36 @@
+"""Where an asynchronous run's time went, and which split of devices would balance it."""
+
+import math
+
+MOST_PUSHING = 0.05  # share of the time that pushes may take before rarer ones are recommended
+
+
+def make_account(
+    phases_s: dict[str, float], wall_s: float, num_engines: int, num_ranks: int, steps_per_push: int
+) -> dict[str, float]:
+    """Busy shares of `wall_s` seconds of training, in [0, 1], and what they recommend.
+
+    phases_s: seconds that an engine sampled (`generate`, the mean over engines), the trainer trained (`train`) and waited
+    for data (`wait`), and pushes took (`push`). A device that both could use is best given so that engines and ranks need
+    as long: `inference_devices` is the engines' share of the device seconds of the two.
+    """
+    sampling, training = phases_s["generate"] * num_engines, phases_s["train"] * num_ranks
+    pushing = phases_s["push"] / wall_s
+    return {
+        "engines_busy": min(1.0, phases_s["generate"] / wall_s),
+        "trainer_busy": phases_s["train"] / wall_s,
+        "waiting_for_data": phases_s["wait"] / wall_s,
+        "pushing": pushing,
+        "inference_devices": sampling / (sampling + training),
+        "weight_update_frequency": steps_per_push * max(1, math.ceil(pushing / MOST_PUSHING)),
+    }
+
+
+def describe(account: dict[str, float]) -> str:
+    """One line for the user."""
+    return (
+        f"Engines were busy {account['engines_busy']:.0%} of the time, the trainer {account['trainer_busy']:.0%}; it waited for "
+        f"data {account['waiting_for_data']:.0%}, pushes took {account['pushing']:.1%}. Balanced would be "
+        f"{account['inference_devices']:.0%} of the devices for inference, and train.weight_update_frequency="
+        f"{account['weight_update_frequency']:.0f}"
+    )

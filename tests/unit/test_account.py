@@ -1,0 +1,25 @@
+"""The account of an asynchronous run, by hand."""
+
+from grpo.account import describe, make_account
+
+
+def test_shares_and_recommendations_by_hand():
+    phases = {"generate": 90.0, "train": 45.0, "wait": 40.0, "push": 12.0}
+    account = make_account(phases, wall_s=100.0, num_engines=2, num_ranks=4, steps_per_push=1)
+    assert account == {
+        "engines_busy": 0.9,
+        "trainer_busy": 0.45,
+        "waiting_for_data": 0.4,
+        "pushing": 0.12,
+        "inference_devices": 0.5,  # 2 x 90 device seconds of sampling, 4 x 45 of training
+        "weight_update_frequency": 3,  # 12 % in pushes; every third step is 4 %
+    }
+    assert describe(account) == (
+        "Engines were busy 90% of the time, the trainer 45%; it waited for data 40%, pushes took 12.0%. Balanced would be "
+        "50% of the devices for inference, and train.weight_update_frequency=3"
+    )
+
+
+def test_pushes_that_cost_little_stay_as_they_are():
+    phases = {"generate": 50.0, "train": 50.0, "wait": 0.0, "push": 4.0}
+    assert make_account(phases, 100.0, 1, 1, steps_per_push=2)["weight_update_frequency"] == 2
