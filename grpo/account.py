@@ -29,8 +29,8 @@ def make_account(
 def describe(account: dict[str, float]) -> str:
     """One line for the user."""
     return (
-        f"Engines were busy {account['engines_busy']:.0%} of the time, the trainer {account['trainer_busy']:.0%}; it waited for "
-        f"data {account['waiting_for_data']:.0%}, pushes took {account['pushing']:.1%}. Balanced would be "
+        f"Engines were busy {account['engines_busy']:.0%} of the time, the trainer {account['trainer_busy']:.0%}; it waited "
+        f"for data {account['waiting_for_data']:.0%}, pushes took {account['pushing']:.1%}. Balanced would be "
         f"{account['inference_devices']:.0%} of the devices for inference, and train.weight_update_frequency="
         f"{account['weight_update_frequency']:.0f}"
     )
