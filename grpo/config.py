@@ -224,9 +224,7 @@ class ObjectiveConfig:
     advantage_scale: str = "group"  # its standard deviation; batch: the collection's; none
     divergence: str = "k3"  # weighed by train.kl_to_ref_coeff: k1, k2, k3, kl (a hinge on a response), ot (on hidden states)
     kl_margin: float = 0.05  # nats a token below which a response costs nothing
-    ot_anchor: str = (
-        "reference"  # whose states the policy's are compared with; old: its own before the collection's first step
-    )
+    ot_anchor: str = "reference"  # whose states count; old: the policy's own before the collection's first step
     ot_window: int = 16  # token positions that a state may be matched across
     ot_target: float = 0.05  # transport cost, in [0, 2], below which a response costs nothing
     ot_epsilon: float = 0.1  # weight of the plan's entropy: smaller is closer to plain transport, and slower to settle
@@ -254,9 +252,8 @@ class TrainConfig:
 
     total_dialog_turns: int = 100_000  # responses in the run
     dialog_turns_per_batch: int = 512  # responses a collection
-    buffer_size: int | None = (
-        None  # responses the replay buffer holds; sync: one collection; async: null, what fits the bound
-    )
+    # Responses in the replay buffer. sync: one collection; async: those started and not trained on, null: what fits the bound.
+    buffer_size: int | None = None
     epochs: int = 1  # times a response is trained on, at most
     optim_batch_size: int = 512  # responses an optimiser step
     gradient_accumulation_steps: int = 1  # micro-batches a step and rank, at least
@@ -264,9 +261,7 @@ class TrainConfig:
     mixed_precision: str = "none"  # of the passes: none (float32), bf16, fp16; weights and optimiser stay float32
     sync_iter: bool = True  # sync; false: collect the next batch while optimising (staleness at most 1)
     max_staleness: int | None = None  # policy versions between sampling and training, at most; async: null is 4
-    weight_update_frequency: int | None = (
-        None  # async: optimiser steps a push; null: those of dialog_turns_per_batch responses
-    )
+    weight_update_frequency: int | None = None  # async: steps a push; null: those of dialog_turns_per_batch responses
     drain_before_push: bool = False  # async: responses that run end under the weights that they began with
     skip_zero_advantage: bool = False  # groups whose rewards are all equal are sampled anew: other prompts take their place
     is_correction: str = "none"  # importance weights for what stale weights or the engine sampled: none, truncate, mask
