@@ -252,7 +252,7 @@ class TrainConfig:
 
     total_dialog_turns: int = 100_000  # responses in the run
     dialog_turns_per_batch: int = 512  # responses a collection
-    # Responses in the replay buffer. sync: one collection; async: those started and not trained on, null: what fits the bound.
+    # Responses in the replay buffer. sync: a collection; async: those started and not trained on, null: what fits the bound.
     buffer_size: int | None = None
     epochs: int = 1  # times a response is trained on, at most
     optim_batch_size: int = 512  # responses an optimiser step

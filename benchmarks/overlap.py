@@ -1,0 +1,100 @@
+"""What does sampling while training gain? The same samples, synchronous and asynchronous, each role on a core of its own.
+
+    python -m benchmarks.overlap                # writes benchmarks/results/overlap.json
+    python -m benchmarks.overlap --max-tokens 192 --name overlap_long    # generation three times as long
+
+The random 50M-parameter model. The engine's process is bound to one core and the trainer's to another, as if they were
+devices of their own, and each computes with one thread; driver, collector and buffer use either. Then the asynchronous run
+can at best take as long as the longer of its two sides. A third run, synchronous and free to use both cores in both phases,
+says what the binding costs. Rewards are hashes, so every group has an advantage.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import ray
+import torch
+
+from benchmarks.report import save, table
+from benchmarks.subjects import configuration
+
+
+def bind(actors: list, core: int) -> None:
+    """Have each actor's process run on `core` alone, with one thread for arithmetic."""
+    for actor in actors:
+        ray.get(actor.__ray_call__.remote(lambda self: torch.set_num_threads(1)))
+        pid = ray.get(actor.__ray_call__.remote(lambda self: os.getpid()))
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            os.sched_setaffinity(int(thread), {core})
+
+
+def measure(mode: str, bound: bool, steps: int, overrides: list[str]) -> dict:
+    """A run of `steps` optimiser steps: its summary, and the seconds between its second step and its last."""
+    import grpo_async
+    import grpo_sync
+    from grpo_utils import build
+
+    config = configuration("random50m", steps, *overrides, *(["mode=async"] if mode == "async" else []))
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        with build(config, Path(folder)) as run:
+            if bound:
+                cores = sorted(os.sched_getaffinity(0))
+                bind(run.engines.actors, cores[0])
+                bind(run.trainer.actors, cores[1])
+            run.begin()
+            {"sync": grpo_sync, "async": grpo_async}[mode].train(run)
+            run.finish()
+        found = json.loads((Path(folder) / "summary.json").read_text())
+        lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    found["staleness_max"] = max(line["buffer/staleness_max"] for line in lines)
+    found["staleness_mean"] = sum(line["buffer/staleness_mean"] for line in lines) / len(lines)
+    return found | {"config": config}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--max-tokens", type=int, default=64, help="of a response")
+    parser.add_argument("--name", default="overlap", help="of the result")
+    parser.add_argument("overrides", nargs="*", help="configuration keys, key=value")
+    arguments = parser.parse_args()
+    overrides = [
+        "train.kl_to_ref_coeff=0",
+        "env.test_size=8",
+        "env.validation_size=8",
+        f"inference_model.max_tokens={arguments.max_tokens}",
+        *arguments.overrides,
+    ]
+    runs = {
+        "synchronous": measure("sync", True, arguments.steps, overrides),
+        "asynchronous": measure("async", True, arguments.steps, overrides),
+        "synchronous, free": measure("sync", False, arguments.steps, overrides),
+    }
+    config = runs["asynchronous"]["config"]
+    sync, asynchronous = runs["synchronous"], runs["asynchronous"]
+    phases = sync["phases_s"]
+    limit = sync["wall_s"] / max(phases["generate"], phases["train"])
+    figures = {
+        "runs": {
+            name: {key: run[key] for key in ("wall_s", "samples_per_s", "phases_s", "staleness_max", "staleness_mean")}
+            for name, run in runs.items()
+        },
+        "account": asynchronous["account"],
+        "times_as_fast": round(sync["wall_s"] / asynchronous["wall_s"], 3),
+        "limit": round(limit, 3),
+        "times_as_fast_as_free": round(runs["synchronous, free"]["wall_s"] / asynchronous["wall_s"], 3),
+    }
+    save(arguments.name, config, figures)
+    rows = [
+        [name, run["wall_s"], run["samples_per_s"], run["phases_s"]["generate"], run["phases_s"]["train"]]
+        for name, run in runs.items()
+    ]
+    table(["run", "s", "samples a second", "generating s", "training s"], rows)
+    print(f"asynchronous: {figures['times_as_fast']} times as fast (limit of this split: {figures['limit']})")
+
+
+if __name__ == "__main__":
+    main()
