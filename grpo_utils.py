@@ -285,8 +285,7 @@ def make_admission(config: RunConfig) -> Admission:
         config.groups_per_batch,
         config.num_groups,
         config.staleness_bound,
-        config.steps_per_push,
-        train.epochs,
+        config.steps_per_push // train.epochs,
         None if train.buffer_size is None else train.buffer_size // config.env.repeats,
     )
 

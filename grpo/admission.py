@@ -1,20 +1,20 @@
 """Bounded staleness: which prompts may be started, and which finished groups make the next batch.
 
-Pure bookkeeping over integers; nothing here knows of actors. A batch is trained on for `epochs` optimiser steps, and after
-every `steps_per_version` steps the weights are pushed as the next policy version. So the version under which batch b takes
-its last step is known beforehand,
+Pure bookkeeping over integers; nothing here knows of actors. Weights are pushed after every `batches_per_version` batches, so
+that the last batch of each version is known beforehand: if version v began with batch b, version v + max_staleness ends with
+batch
 
-    last_version(b) = ((b + 1) epochs - 1) // steps_per_version,
+    b + (max_staleness + 1) batches_per_version - 1,
 
-and a group that was started under version v has a deadline: the last b with last_version(b) <= v + max_staleness. Two rules
-keep every started group within it, so that nothing that was sampled is thrown away and nothing older than the bound is
-trained on:
+which is the deadline of a group that is started under version v. Two rules keep every started group within it, so that
+nothing that was sampled is thrown away and nothing older than the bound is trained on:
 
     start   a prompt only while all started groups fit into the batches up to their deadlines
     choose  finished groups for a batch, earliest deadline first, only if those left behind still fit; else wait for the
-            stragglers. Since a push comes after a fixed number of steps, it waits with them.
+            stragglers. Since a push comes after a fixed number of batches, it waits with them.
 
-A group is started once and trained on once (in `epochs` steps), however long its responses are.
+A push may come early (at the end of a run, or when one is resumed), which leaves more time, never less. A group is started
+once and in one batch, however long its responses are.
 """
 
 import math
@@ -30,21 +30,18 @@ class Admission:
         groups_per_batch: int,
         num_groups: int,
         max_staleness: int,
-        steps_per_version: int = 1,
-        epochs: int = 1,
+        batches_per_version: int = 1,
         most_started: int | None = None,
     ) -> None:
         """`num_groups`: of the whole run, a multiple of `groups_per_batch`. `most_started`: room for started groups."""
-        assert max_staleness >= least_staleness(epochs, steps_per_version), "the first group could never be trained on"
-        self.groups_per_batch, self.num_groups, self.max_staleness = groups_per_batch, num_groups, max_staleness
-        self.steps_per_version, self.epochs = steps_per_version, epochs
+        self.groups_per_batch, self.num_groups = groups_per_batch, num_groups
+        self.max_staleness, self.batches_per_version = max_staleness, batches_per_version
         self.most_started = math.inf if most_started is None else most_started
         self.batch = 0  # the next one to be chosen
+        self.first_batch = 0  # of the version that the engines have
         self.next_id = 0
-        self.version = 0
         self.deadlines: dict[int, int] = {}  # of the groups that are started and not yet chosen
         self.again: list[int] = []  # started by a process that ended, and to be started again
-        self.num_dropped = 0  # groups that another takes the place of
 
     @property
     def is_over(self) -> bool:
@@ -53,7 +50,7 @@ class Admission:
     @property
     def deadline(self) -> int:
         """The last batch that a group that is started now can be in."""
-        return (self.version + self.max_staleness + 1) * self.steps_per_version // self.epochs - 1
+        return self.first_batch + (self.max_staleness + 1) * self.batches_per_version - 1
 
     def start(self) -> list[int]:
         """The groups to start now, as many as may be."""
@@ -91,23 +88,17 @@ class Admission:
         """These groups are not trained on; others are started in their place."""
         for i in ids:
             del self.deadlines[i]
-            self.num_dropped += 1
 
-    def pushed(self, version: int) -> None:
-        """The engines have this version now."""
-        self.version = version
+    def pushed(self) -> None:
+        """The engines have the weights now that the batches chosen so far made."""
+        self.first_batch = self.batch
 
     @property
     def state(self) -> dict:
         """What `restore` takes; groups that were started and not chosen are to be started again."""
         again = sorted(self.deadlines) + self.again
-        return {"batch": self.batch, "next_id": self.next_id, "again": again, "version": self.version}
+        return {"batch": self.batch, "first_batch": self.first_batch, "next_id": self.next_id, "again": again}
 
-    def restore(self, batch: int, next_id: int, again: list[int], version: int) -> None:
+    def restore(self, batch: int, first_batch: int, next_id: int, again: list[int]) -> None:
         """Go on after `batch` batches; the groups `again` were started and are lost."""
-        self.batch, self.next_id, self.again, self.version, self.deadlines = batch, next_id, list(again), version, {}
-
-
-def least_staleness(epochs: int, steps_per_version: int) -> int:
-    """Versions between the first and the last step on one batch, at most: what max_staleness has to allow."""
-    return -(-(epochs - 1) // steps_per_version)
+        self.batch, self.first_batch, self.next_id, self.again, self.deadlines = batch, first_batch, next_id, list(again), {}

@@ -91,7 +91,7 @@ class CollectorActor:
     def _collect(self, env: PromptEnv, finish: Finish) -> None:
         timeout_s = self.config.ray.timeout_s
         while not self.ended.is_set():
-            completions = get(self.engine.take.remote(LOOK_S), timeout_s, self.engine_name, "sampling")
+            completions = get(self.engine.take.remote(LOOK_S, len(self.lanes)), timeout_s, self.engine_name, "sampling")
             if completions is not None:
                 self._write(finish(graded_turn(env, self._rollouts(completions.in_request_order()))))
 

@@ -40,6 +40,7 @@ class PromptStream:
 
     def __init__(self, num_problems: int, seed: int) -> None:
         self.num_problems, self.seed, self.position = num_problems, seed, 0
+        self._order: tuple[int, np.ndarray | None] = (-1, None)  # a data pass, and its problems
 
     def upcoming(self, count: int) -> list[int]:
         """The next `count` problem indices; asking does not use them up."""
@@ -48,10 +49,11 @@ class PromptStream:
     def at(self, position: int) -> int:
         """The problem at `position`, which is also its group's id."""
         data_pass, offset = divmod(position, self.num_problems)
-        if getattr(self, "_pass", None) != data_pass:
-            self._pass = data_pass
-            self._order = np.random.default_rng([self.seed, data_pass]).permutation(self.num_problems)
-        return int(self._order[offset])
+        of_pass, order = self._order
+        if of_pass != data_pass:
+            order = np.random.default_rng([self.seed, data_pass]).permutation(self.num_problems)
+            self._order = data_pass, order  # at once: the threads of a collector share the stream
+        return int(order[offset])
 
 
 class PromptEnv(EnvBase):

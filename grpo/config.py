@@ -17,7 +17,6 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from grpo.admission import least_staleness
 from grpo.errors import ConfigError, one_line
 from grpo.objectives import policy
 from grpo.rules import at_least as _at_least
@@ -418,6 +417,14 @@ class RunConfig:
             f"must be a multiple of train.gradient_accumulation_steps ({train.gradient_accumulation_steps}) x "
             f"train_model.num_devices ({self.train_model.num_devices})",
         )
+        on_policy = self.steps_per_push == 1 and self.staleness_bound == 0
+        _check(
+            self.objective.policy_loss != "reinforce" or on_policy or train.is_correction != "none",
+            "objective.policy_loss",
+            self.objective.policy_loss,
+            "has no ratio to the policy that sampled: it needs train.is_correction=truncate, or one optimiser step a push and "
+            "staleness 0",
+        )
         self._check_sync() if self.mode == "sync" else self._check_async()
         budget, longest = train.max_tokens_per_micro_batch, self.env.max_prompt_length + self.inference_model.max_tokens
         _check(
@@ -491,13 +498,11 @@ class RunConfig:
 
     def _check_async(self) -> None:
         train = self.train
-        least = least_staleness(train.epochs, self.steps_per_push)
         _check(
-            self.staleness_bound >= least,
-            "train.max_staleness",
-            self.staleness_bound,
-            f"must be at least {least} with train.epochs={train.epochs} and a push every {self.steps_per_push} steps: so "
-            "many versions pass while one batch is trained on",
+            self.steps_per_push % train.epochs == 0,
+            "train.weight_update_frequency",
+            train.weight_update_frequency,
+            f"must be a multiple of train.epochs ({train.epochs}): a batch is trained on under one version",
         )
         _check(
             train.buffer_size is None or train.buffer_size >= train.optim_batch_size,

@@ -42,6 +42,9 @@ class TransformersEngine:
     def has_work(self) -> bool:
         return bool(self.queue)
 
+    def has_room(self) -> bool:
+        return sum(request.sampling.num_responses for request in self.queue) < self.spec.max_concurrent
+
     @torch.no_grad()
     def step(self) -> Completions | None:
         sampling, requests, room = self.queue[0].sampling, [], self.spec.max_concurrent

@@ -105,6 +105,10 @@ class VLLMEngine:
     def has_work(self) -> bool:
         return self.engine.has_unfinished_requests() or bool(self.ahead)
 
+    def has_room(self) -> bool:
+        scheduler = self.engine.engine_core.engine_core.scheduler
+        return len(scheduler.waiting) + len(scheduler.running) < self.spec.max_concurrent
+
     def step(self) -> Completions | None:
         if self.ahead:
             return self.ahead.pop(0)

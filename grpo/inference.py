@@ -13,6 +13,7 @@ import asyncio
 import importlib
 import os
 import time
+from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -109,6 +110,9 @@ class Engine(Protocol):
     def has_work(self) -> bool:
         """Whether any request is unfinished."""
 
+    def has_room(self) -> bool:
+        """Whether it could begin another response with its next step."""
+
     def step(self) -> Completions | None:
         """Advance, and return the requests that finished, each with all its responses."""
 
@@ -141,8 +145,9 @@ class Inbox:
         self.waiting_for = 0  # requests
         self.changed = asyncio.Event()
 
-    def take(self) -> Completions:
-        taken, self.finished = self.finished, []
+    def take(self, steps: int) -> Completions:
+        """What finished in the first `steps` engine steps in which anything did."""
+        taken, self.finished = self.finished[:steps], self.finished[steps:]
         return Completions.concatenate(taken)
 
 
@@ -152,6 +157,7 @@ class InferenceActor:
     def __init__(self, spec: EngineSpec) -> None:
         self.spec = spec
         self.stream = Inbox()
+        self.held: deque[Request] = deque()  # submitted, and not yet the engine's
         self.asked: dict[int, tuple[Inbox, int]] = {}  # who asked for a request, and under which id, by the engine's id
         self.num_requests = 0
         self.loop_task: asyncio.Task | None = None
@@ -177,31 +183,45 @@ class InferenceActor:
             assert not self.engine.has_work(), "an engine can be reseeded only while it is idle"
             self.engine.reseed(seed)
         inbox = Inbox()
+        inbox.waiting_for = len(requests)
         self._add(requests, inbox)
+        self._go_on()
         while inbox.waiting_for:
             await self._next(inbox)
-        return inbox.take()
+        return inbox.take(len(inbox.finished))
 
     async def submit(self, requests: list[Request], seed: int) -> None:
-        """Queue `requests`, whose responses `take` gives; an idle engine is seeded first."""
+        """Queue `requests`, whose responses `take` gives; an idle engine is seeded first.
+
+        They are held back until the engine has room, so that what is asked for meanwhile (a probe, an evaluation) waits for
+        what runs alone.
+        """
         if not self.engine.has_work():
             self.engine.reseed(seed)
-        self._add(requests, self.stream)
+        self.held += requests
+        self.stream.waiting_for += len(requests)
+        self._go_on()
 
-    async def take(self, wait_s: float) -> Completions | None:
-        """What has finished of what was submitted since the last call, once there is any; None after `wait_s` seconds."""
+    async def take(self, wait_s: float, share: int = 1) -> Completions | None:
+        """One `share`-th of what has finished of what was submitted, once there is any; None after `wait_s` seconds."""
         with suppress(TimeoutError):
             async with asyncio.timeout(wait_s):
                 while not self.stream.finished:
                     await self._next(self.stream)
-        return self.stream.take() if self.stream.finished else None
+        return self.stream.take(-(-len(self.stream.finished) // share)) if self.stream.finished else None
+
+    async def hold_nothing(self) -> None:
+        """Give up what was submitted and is not the engine's yet."""
+        self.stream.waiting_for -= len(self.held)
+        self.held.clear()
 
     def _add(self, requests: list[Request], inbox: Inbox) -> None:
         for request in requests:
             self.asked[self.num_requests] = inbox, request.request_id
             self.engine.add(replace(request, request_id=self.num_requests))
             self.num_requests += 1
-        inbox.waiting_for += len(requests)
+
+    def _go_on(self) -> None:
         if self.loop_task is None or self.loop_task.done():
             self.loop_task = asyncio.create_task(self._run())
 
@@ -218,7 +238,9 @@ class InferenceActor:
             self.loop_task.result()
 
     async def _run(self) -> None:
-        while self.engine.has_work():
+        while self.held or self.engine.has_work():
+            while self.held and self.engine.has_room():
+                self._add([self.held.popleft()], self.stream)
             start = time.perf_counter()
             finished = self.engine.step()
             self.busy_s += time.perf_counter() - start

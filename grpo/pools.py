@@ -32,6 +32,7 @@ class EnginePool:
 
     def __init__(self, actors: list[ActorHandle], timeout_s: float) -> None:
         self.actors, self.timeout_s = actors, timeout_s
+        self.submitting: dict[str, ObjectRef] = {}
         self.running: dict[int, int] = {}  # which engine responds to a prompt that was submitted, by its id
 
     def submit(self, ids: list[int], prompts: list[list[int]], sampling: Sampling, seed: int) -> None:
@@ -45,15 +46,21 @@ class EnginePool:
             load[engine] += 1
             self.running[i] = engine
             shares[engine].append(Request(i, prompt, sampling))
+        # An engine may be in the midst of a long step: what it says is heard before the next prompts.
+        get_all(self.submitting, self.timeout_s, "taking prompts")
         calls = [
             actor.submit.remote(share, seed + i) for i, (actor, share) in enumerate(zip(self.actors, shares, strict=True))
         ]
-        get_all(named("inference", calls), self.timeout_s, f"taking {len(ids)} prompts")
+        self.submitting = named("inference", calls)
 
     def finished(self, ids: set[int]) -> None:
         """These prompts have their responses."""
         for i in ids:
             del self.running[i]
+
+    def hold_nothing(self) -> dict[str, ObjectRef]:
+        """Have every engine give up what it was given and has not begun."""
+        return named("inference", [actor.hold_nothing.remote() for actor in self.actors])
 
     def busy(self) -> dict[str, ObjectRef]:
         """Seconds that each engine has spent sampling."""

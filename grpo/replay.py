@@ -67,4 +67,7 @@ class GroupBuffer(ReplayBuffer):
         return batch
 
     def remove(self, ids: list[int]) -> None:
-        self.free += [self.slots.pop(i) for i in ids]
+        for i in ids:
+            slot = self.slots.pop(i)
+            self.storage.set(slot, None)  # which frees its memory
+            self.free.append(slot)

@@ -160,9 +160,10 @@ class Run(Session):
         with self.clock.phase("push"):
             now.policy_version += 1
             self.push(now.policy_version)
+            self._pushed()
         taken, now.steps_since_push = now.steps_since_push, 0
         metrics = self.clock.take()
-        if self.config.train.probe_frequency and now.policy_version % self.config.train.probe_frequency == 0:
+        if self.probe and self.config.train.probe_frequency and now.policy_version % self.config.train.probe_frequency == 0:
             metrics["sync/probe_difference"] = self.push.probe(now.policy_version, self.probe)
         self.log.add(metrics)
         now.evaluated = not is_due(self.config.train.eval_frequency, now.num_steps - taken, now.num_steps)
@@ -204,6 +205,9 @@ class Run(Session):
         with self.clock.phase("eval"):
             max_tokens = self.config.inference_model.max_tokens
             return accuracy(self.engines, self.grading, self.data[split], self.tokenizer, max_tokens, self._eval_seed)
+
+    def _pushed(self) -> None:
+        """The engines have the weights of `progress.policy_version`."""
 
     def _account(self, summary: dict) -> dict:
         """What the mode has to add to summary.json."""

@@ -52,7 +52,8 @@ class AsyncRun(Run):
             for epoch in range(self.config.train.epochs):
                 self.first_use = epoch == 0
                 yield batch
-            self._save_if_due(self.progress.num_steps - self.config.train.epochs)
+            if self.progress.steps_since_push == 0:  # a checkpoint is of weights that the engines have
+                self._save_if_due(self.progress.num_steps - self.config.steps_per_push)
             REQUEST.check()
 
     def _feed(self) -> None:
@@ -114,9 +115,12 @@ class AsyncRun(Run):
         """
         if self.config.train.drain_before_push:
             with self.clock.phase("wait"):
-                get_all(self.engines.drain(), self.config.ray.timeout_s, "ending what runs before a push")
+                doing = "ending what runs before a push"
+                get_all(self.engines.drain(), self.config.ray.timeout_s, doing, can_be_left=True)
         super().push_weights()
-        self.admission.pushed(self.progress.policy_version)
+
+    def _pushed(self) -> None:
+        self.admission.pushed()
 
     def evaluate(self, split: str) -> dict[str, float]:
         """As in sync mode, beside what the engines are at; their time meanwhile is no part of training's account."""
@@ -129,6 +133,7 @@ class AsyncRun(Run):
     def finish(self) -> None:
         if self.progress.steps_since_push:
             self.push_weights()
+        self._ask(self.engines.hold_nothing(), "giving up what it has not begun")
         self._ask({name: actor.end.remote() for name, actor in self.collectors.items()}, "ending")
         super().finish()
 
@@ -151,9 +156,15 @@ class AsyncRun(Run):
         return {}
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        self.admission.restore(**self.progress.admission)
-        if self.progress.policy_version > 0:
-            self.push(self.progress.policy_version)
+        """Groups that were in flight are sampled again. A run that ended between two pushes goes on with one."""
+        now = self.progress
+        self.admission.restore(**now.admission)
+        if now.steps_since_push:
+            now.policy_version, now.steps_since_push = now.policy_version + 1, 0
+            self._pushed()
+        if now.policy_version > 0:
+            self.push(now.policy_version)
+        print(f"{len(self.admission.again)} groups that were in flight are sampled again")
 
     @property
     def _eval_seed(self) -> None:

@@ -24,6 +24,9 @@ class Counting:
     def has_work(self) -> bool:
         return bool(self.queue)
 
+    def has_room(self) -> bool:
+        return len(self.queue) < 3
+
     def step(self) -> Completions | None:
         request = self.queue.pop()
         if not request.prompt:
