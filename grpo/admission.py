@@ -1,8 +1,8 @@
 """Bounded staleness: which prompts may be started, and which finished groups make the next batch.
 
-Pure bookkeeping over integers; nothing here knows of actors. Weights are pushed after every `batches_per_version` batches, so
-that the last batch of each version is known beforehand: if version v began with batch b, version v + max_staleness ends with
-batch
+Pure bookkeeping over integers; nothing here knows of actors. Weights are pushed after every `batches_per_version` batches,
+so that the last batch of each version is known beforehand: if version v began with batch b, version v + max_staleness ends
+with batch
 
     b + (max_staleness + 1) batches_per_version - 1,
 

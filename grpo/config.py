@@ -422,8 +422,8 @@ class RunConfig:
             self.objective.policy_loss != "reinforce" or on_policy or train.is_correction != "none",
             "objective.policy_loss",
             self.objective.policy_loss,
-            "has no ratio to the policy that sampled: it needs train.is_correction=truncate, or one optimiser step a push and "
-            "staleness 0",
+            "has no ratio to the policy that sampled: it needs train.is_correction=truncate, or one optimiser step a push "
+            "and staleness 0",
         )
         self._check_sync() if self.mode == "sync" else self._check_async()
         budget, longest = train.max_tokens_per_micro_batch, self.env.max_prompt_length + self.inference_model.max_tokens

@@ -162,6 +162,7 @@ class InferenceActor:
         self.num_requests = 0
         self.loop_task: asyncio.Task | None = None
         self.busy_s = 0.0
+        self.draining = False
 
     async def start(self) -> int:
         """Load the model; returns the process id."""
@@ -238,8 +239,8 @@ class InferenceActor:
             self.loop_task.result()
 
     async def _run(self) -> None:
-        while self.held or self.engine.has_work():
-            while self.held and self.engine.has_room():
+        while self.engine.has_work() or (self.held and not self.draining):
+            while self.held and not self.draining and self.engine.has_room():
                 self._add([self.held.popleft()], self.stream)
             start = time.perf_counter()
             finished = self.engine.step()
@@ -260,10 +261,14 @@ class InferenceActor:
 
     async def update_weights(self, version: int) -> Receipt:
         """Receive push `version` and acknowledge it once it was applied."""
-        return self.engine.update_weights(version)
+        receipt = self.engine.update_weights(version)
+        self.draining = False
+        self._go_on()
+        return receipt
 
     async def drain(self) -> None:
-        """Wait until nothing runs: what was submitted ends under the weights that it began with."""
+        """Wait until nothing runs, and begin nothing more before the next push: what runs ends under its first weights."""
+        self.draining = True
         while self.engine.has_work():
             await asyncio.wait({self.loop_task})
             self.loop_task.result()

@@ -94,13 +94,22 @@ def test_what_is_submitted_is_taken_as_it_finishes_and_apart_from_what_is_genera
     asyncio.run(asyncio.wait_for(scenario(), 10))
 
 
-def test_a_drained_engine_has_nothing_left_to_do(actor):
+def test_a_drained_engine_begins_nothing_more_before_the_push(actor):
     async def scenario() -> None:
         await actor.start()
         await actor.submit(requests(*range(6)), seed=0)
+        await asyncio.sleep(0)  # which begins some of them
         await actor.drain()
         assert not actor.engine.has_work()
-        assert len(await actor.take(5)) == 12
+        assert len(actor.held) > 0
+        before = await actor.take(5)
+        assert set(before.versions) == {0}
+        await actor.update_weights(1)
+        after = []
+        while len(before) + len(after) < 12:
+            part = await actor.take(5)
+            assert set(part.versions) == {1}
+            after += part.request_id.tolist()
 
     asyncio.run(asyncio.wait_for(scenario(), 10))
 
