@@ -23,7 +23,8 @@ from grpo.admission import Admission
 from grpo.background import CollectorActor
 from grpo.checkpoint import Checkpoint, CheckpointWriter
 from grpo.cluster import join_ranks, start_actors, start_ray
-from grpo.collect import GroupCollector, InferencePolicy, PromptEnv, PromptStream, make_finish
+from grpo.collect import PromptEnv, PromptStream, make_finish
+from grpo.collector import GroupCollector, InferencePolicy
 from grpo.config import RunConfig
 from grpo.errors import ConfigError, RewardError
 from grpo.grading import Failed, GradingPool, grading_pool

@@ -3,11 +3,10 @@
     PromptEnv.reset ──> InferencePolicy ──> PromptEnv.step ──> Finish
      next prompts        engines respond     grades             reference log-probs, group advantages
 
-One turn of `GroupCollector` (a TorchRL LLMCollector) is one collection: G groups of K rollouts, see grpo/rollout.py. In the
-async mode (grpo/background.py) the policy's place is taken by what the engines have finished meanwhile.
+One turn of `GroupCollector` (grpo/collector.py, a TorchRL LLMCollector) is one collection: G groups of K rollouts, see
+grpo/rollout.py. In async mode (grpo/background.py) the policy's place is taken by what the engines have finished meanwhile.
 """
 
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -15,8 +14,6 @@ from functools import partial
 import numpy as np
 import torch
 from tensordict import NonTensorData, NonTensorStack, TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModuleBase
-from torchrl.collectors.llm import LLMCollector
 from torchrl.data import Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 from transformers import PreTrainedTokenizerBase
@@ -24,11 +21,10 @@ from transformers import PreTrainedTokenizerBase
 from grpo.advantages import group_advantages
 from grpo.config import RunConfig
 from grpo.grading import Failed, GradingPool
-from grpo.inference import Sampling
 from grpo.metrics import Clock
 from grpo.objectives.divergences import ESTIMATES, Estimate, k3
-from grpo.pools import EnginePool, ReferencePool
-from grpo.rollout import GroupRecord, pack
+from grpo.pools import ReferencePool
+from grpo.rollout import GroupRecord
 from grpo.tasks import EncodedProblems
 
 
@@ -144,25 +140,6 @@ def sampling_seed(seed: int, first_group: int) -> int:
     return int(np.random.SeedSequence([seed, first_group]).generate_state(1)[0])
 
 
-class InferencePolicy(TensorDictModuleBase):
-    """The policy as TorchRL sees it: prompts in, rollouts out, sampled by the engines."""
-
-    in_keys = ["problem"]
-    out_keys = ["tokens", "prompt_length", "response_length", "response_mask", "inference_log_probs"]
-
-    def __init__(self, engines: EnginePool, data: EncodedProblems, sampling: Sampling, seed: int, clock: Clock) -> None:
-        super().__init__()
-        self.engines, self.data, self.sampling, self.seed, self.clock = engines, data, sampling, seed, clock
-
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        prompts = [self.data.prompts[i] for i in tensordict["problem"][:, 0].tolist()]
-        collection_seed = sampling_seed(self.seed, int(tensordict["group_id"][0, 0]))
-        with self.clock.phase("generate"):
-            completions = self.engines.generate(prompts, self.sampling, collection_seed)
-        rows = [prompt for prompt in prompts for _ in range(self.sampling.num_responses)]
-        return tensordict.update(pack(rows, completions).view(tensordict.batch_size))
-
-
 def graded_turn(env: PromptEnv, rollouts: TensorDictBase) -> TensorDict:
     """The rollouts [G, K] with what a step of `env` says of them: `reward` and `graded`."""
     turn = env.step(rollouts)
@@ -222,19 +199,3 @@ def make_finish(config: RunConfig, env: PromptEnv, reference: ReferencePool | No
         partial(group_advantages, scale=objective.advantage_scale, baseline=objective.baseline),
         config.anchor == "reference",
     )
-
-
-class GroupCollector(LLMCollector):
-    """TorchRL's collector with a turn that keeps tensors dense: [G, K], nothing stacked lazily, no prompt drawn twice."""
-
-    def __init__(self, *args, **kwargs) -> None:
-        with warnings.catch_warnings():  # an offer of transforms that a one-turn environment has no use for
-            warnings.filterwarnings("ignore", message="The env passed to", category=FutureWarning)
-            super().__init__(*args, **kwargs)
-
-    @property
-    def rollout(self) -> Callable[[], TensorDict]:
-        return self._collect
-
-    def _collect(self) -> TensorDict:
-        return graded_turn(self.env, self.policy(self.env.reset()))

@@ -22,11 +22,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from grpo.config import RunConfig, check_keys, from_dictconfig, readable
+from grpo.config import RunConfig, check_keys, from_dictconfig, known_keys, readable
 from grpo.errors import ConfigError, UserError, one_line
 from grpo.offline_config import OfflineConfig
 from grpo.preemption import GraceOver, Preempted
-from grpo.resume import find_run, resumed_config
+from grpo.resume import find_run, key_value, resumed_config
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "config"
 EXIT_ERROR = 1
@@ -99,8 +99,8 @@ def launch(mode: str, default_config: str, main: Callable[[Any, Path], None]) ->
     """
     starting = ExitStack()
     starting.enter_context(deferred_interrupt())
-    if not any(argument.startswith("mode=") for argument in sys.argv[1:]):
-        sys.argv.append(f"mode={mode}")
+    if mode == "async" and not any(argument.startswith("mode=") for argument in sys.argv[1:]):
+        sys.argv.append("mode=async")  # which the configurations, made for both, do not say
     arguments = get_args_parser().parse_args()
     information = arguments.help or arguments.hydra_help or arguments.info or arguments.cfg
     resumed = None
@@ -157,7 +157,13 @@ def _check(arguments, mode: str, default_config: str) -> tuple[Any, Path] | None
             raise ConfigError(f"resume ({config.resume}) cannot be swept over: go on with each run by itself")
         run_dir = find_run(config.resume, None if typed_dir is None else str(typed_dir), Path("outputs"), config)
     if run_dir is not None:
-        config = resumed_config(run_dir, list(typed), config)
+        changed = [key for key in typed if key != "mode"]  # a run stays in its own, and is told which script that is
+        groups = [key for key in changed if (CONFIG_DIR / key).is_dir()]
+        if groups:  # a preset may set keys of other sections too
+            others = [override for override in overrides if _parse(override).key_or_group not in groups]
+            plain = compose(name, others, SCRIPTS[mode].config)
+            changed += [key for key in known_keys(type(config)) if key_value(plain, key) != key_value(config, key)]
+        config = resumed_config(run_dir, changed, config)
     if config.mode != mode:
         script, other = SCRIPTS[mode].file, SCRIPTS[config.mode].file
         raise ConfigError(f"mode ({config.mode}) must be {mode} for {script}: use {other}")

@@ -16,7 +16,7 @@ from tensordict import TensorDict
 from torchrl.data import ReplayBuffer
 
 from grpo.checkpoint import Checkpoint
-from grpo.collect import GroupCollector
+from grpo.collector import GroupCollector
 from grpo.errors import ActorError
 from grpo.pools import ReferencePool
 from grpo.preemption import REQUEST

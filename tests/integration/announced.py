@@ -25,7 +25,7 @@ def announce(cls: type, method: str, phase: str) -> None:
 
 def main(config, run_dir) -> None:
     from grpo.checkpoint import CheckpointWriter
-    from grpo.collect import InferencePolicy
+    from grpo.collector import InferencePolicy
     from grpo.pools import TrainerPool, WeightPush
     from grpo.run import Run
 

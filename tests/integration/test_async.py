@@ -7,6 +7,8 @@ import pytest
 import grpo_async
 from grpo.errors import RewardError, TrainingError
 from grpo.launch import compose
+from grpo.preemption import REQUEST, Preempted
+from grpo.run_async import AsyncRun
 
 from .conftest import SMALL, Finished, same_weights
 
@@ -58,12 +60,47 @@ def test_no_rollout_is_older_than_the_bound_and_each_prompt_is_trained_on_once(r
 
 
 def test_pushes_at_their_own_frequency_and_several_epochs(run_async):
-    run = run_async(TRANSFORMERS, "train.weight_update_frequency=3", "train.epochs=2", "train.max_staleness=1")
-    assert [row["policy_version"] for row in run.metrics] == [step // 3 for step in range(16)]
-    assert run.summary["policy_version"] == 6  # the last one for the evaluation
+    run = run_async(TRANSFORMERS, "train.weight_update_frequency=4", "train.epochs=2", "train.max_staleness=1")
+    assert [row["policy_version"] for row in run.metrics] == [step // 4 for step in range(16)]
+    assert run.summary["policy_version"] == 4
     assert each_group_once(run, 64)
-    for line in run.rollouts:  # the batch's last step is the one behind
-        assert line["step"] // 3 - min(line["token_versions"]) <= 1
+    assert max(staleness(run, 4)) == 1
+
+
+def test_a_run_that_was_asked_to_end_goes_on_and_each_prompt_is_trained_on_once(model_path, tmp_path, monkeypatch):
+    """Ended in the midst of the pushes' interval, with groups in flight; the best checkpoint of an evaluation is among them."""
+    typed = [
+        *SMALL,
+        *ASYNC,
+        TRANSFORMERS,
+        "train.weight_update_frequency=2",
+        "train.max_staleness=1",
+        "train.eval_frequency=2",
+    ]
+    config = compose("grpo_arithmetic", typed)
+    step, ended = AsyncRun.step, []
+
+    def step_and_ask(run, batch) -> None:
+        step(run, batch)
+        if run.progress.num_steps == 3:
+            ended.append(run.admission.state)
+            monkeypatch.setattr(REQUEST, "reason", "a test")
+
+    monkeypatch.setattr(AsyncRun, "step", step_and_ask)
+    with pytest.raises(Preempted):
+        grpo_async.main(config, tmp_path)
+    monkeypatch.setattr(AsyncRun, "step", step)
+    assert ended[0]["again"]
+    config.resume = str(tmp_path)
+    grpo_async.main(config, tmp_path)
+    run = Finished(tmp_path)
+    assert [row["step"] for row in run.metrics] == list(range(1, 9))
+    assert each_group_once(run, 64)
+    # The weights of step 3 were pushed when it went on: a version of its own, and the bound holds over it.
+    assert [row["policy_version"] for row in run.metrics] == [0, 0, 1, 2, 2, 3, 3, 4]
+    for line in run.rollouts:
+        version = run.metrics[line["step"] - 1]["policy_version"]
+        assert 0 <= version - min(line["token_versions"]) <= 1
 
 
 def test_two_ranks_two_engines_and_a_reference(run_async):

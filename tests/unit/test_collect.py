@@ -8,7 +8,8 @@ import torch
 
 from grpo.advantages import group_advantages
 from grpo.builtin import make_tokenizer
-from grpo.collect import Finish, GroupCollector, InferencePolicy, PromptEnv, PromptStream
+from grpo.collect import Finish, PromptEnv, PromptStream
+from grpo.collector import GroupCollector, InferencePolicy
 from grpo.grading import Failed
 from grpo.inference import Sampling
 from grpo.metrics import Clock
