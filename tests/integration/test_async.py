@@ -68,23 +68,16 @@ def test_pushes_at_their_own_frequency_and_several_epochs(run_async):
 
 
 def test_a_run_that_was_asked_to_end_goes_on_and_each_prompt_is_trained_on_once(model_path, tmp_path, monkeypatch):
-    """Ended in the midst of the pushes' interval, with groups in flight; the best checkpoint of an evaluation is among them."""
-    typed = [
-        *SMALL,
-        *ASYNC,
-        TRANSFORMERS,
-        "train.weight_update_frequency=2",
-        "train.max_staleness=1",
-        "train.eval_frequency=2",
-    ]
-    config = compose("grpo_arithmetic", typed)
+    """Ended between two pushes, with groups in flight; an evaluation has written a checkpoint before."""
+    settings = "train.weight_update_frequency=2", "train.max_staleness=1", "train.eval_frequency=2"
+    config = compose("grpo_arithmetic", [*SMALL, *ASYNC, TRANSFORMERS, *settings])
     step, ended = AsyncRun.step, []
 
     def step_and_ask(run, batch) -> None:
         step(run, batch)
         if run.progress.num_steps == 3:
             ended.append(run.admission.state)
-            monkeypatch.setattr(REQUEST, "reason", "a test")
+            REQUEST.reason = "a test"
 
     monkeypatch.setattr(AsyncRun, "step", step_and_ask)
     with pytest.raises(Preempted):
