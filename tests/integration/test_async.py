@@ -35,7 +35,7 @@ def each_group_once(run: Finished, num_groups: int) -> bool:
     return Counter(line["group_id"] for line in run.rollouts) == Counter({i: 8 for i in range(num_groups)})
 
 
-@pytest.mark.parametrize("setting", ["inference_model.backend=vllm", TRANSFORMERS])
+@pytest.mark.parametrize("setting", ["inference_model.backend=vllm", pytest.param(TRANSFORMERS, marks=pytest.mark.slow)])
 def test_a_bound_of_0_gives_exactly_the_synchronous_steps(run_async, run_sync, setting):
     sizes = ["train.total_dialog_turns=256", "train.dialog_turns_per_batch=128", setting]
     run = run_async(*sizes, "train.max_staleness=0")
@@ -127,6 +127,7 @@ def test_groups_that_are_all_alike_end_the_run(run_async, tmp_path):
         run_async(TRANSFORMERS, "train.skip_zero_advantage=true", f"env.reward_fn={tmp_path}/rewards.py:same")
 
 
+@pytest.mark.slow
 def test_importance_weights_correct_for_stale_weights(run_async):
     run = run_async("train.is_correction=truncate", "train.is_cap=1.01", "train.max_staleness=3")
     assert run.metrics[0]["train/is_raw_mean"] == pytest.approx(1, abs=1e-4)
@@ -138,6 +139,7 @@ def test_importance_weights_correct_for_stale_weights(run_async):
     assert stale["train/mismatch"] > run.metrics[0]["train/mismatch"]
 
 
+@pytest.mark.slow
 def test_draining_ends_what_runs_under_the_weights_that_it_began_with(run_async):
     run = run_async("train.max_staleness=3", "train.drain_before_push=true", "inference_model.max_tokens=24")
     assert all(len(set(line["token_versions"])) == 1 for line in run.rollouts)

@@ -35,7 +35,7 @@ def evaluate(run: Finished, *arguments: str) -> tuple[dict, subprocess.Completed
     return json.loads((run.run_dir / "comparison.json").read_text()), ended
 
 
-@pytest.mark.parametrize("backend", ["vllm", "transformers"])
+@pytest.mark.parametrize("backend", ["vllm", pytest.param("transformers", marks=pytest.mark.slow)])
 def test_before_and_after_are_those_that_the_run_measured(run_sync, backend):
     run = run_sync(f"inference_model.backend={backend}")
     found, ended = evaluate(run, "k=4")
@@ -60,6 +60,7 @@ def test_before_and_after_are_those_that_the_run_measured(run_sync, backend):
     assert rows == ["Asking", "Asking", "pass@1", "before", "after", "difference", "20"]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_comparison(run_sync):
     run = run_sync(TRANSFORMERS)
     first, _ = evaluate(run, "k=2", "max_samples=6")

@@ -14,12 +14,13 @@ from .conftest import SMALL, Finished, same_weights
 
 TRANSFORMERS = "inference_model.backend=transformers"
 PRESETS = sorted(path.stem for path in (CONFIG_DIR / "objective").glob("*.yaml"))
+FAST = ("dapo", "gspo")  # of them in make test; every one in make test-soak
 TWO_BATCHES = "train.optim_batch_size=32"  # the second of a collection is off-policy
 LORA = ("train_model.lora.enabled=true", "train_model.lora.r=8")
 OLD = ("objective=ot", "objective.ot_anchor=old", "objective.ot_target=0.0")
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in PRESETS])
 def test_a_preset_moves_the_weights_and_its_metrics_are_finite(run_sync, model_path, name):
     run = run_sync(TRANSFORMERS, f"objective={name}", TWO_BATCHES)
     assert len(run.metrics) == 6
@@ -51,6 +52,7 @@ def test_the_reference_says_how_far_hidden_states_have_moved(run_sync):
     assert strict.metrics[-1]["train/transport"] < moved[-1]
 
 
+@pytest.mark.slow
 def test_with_lora_the_reference_states_are_the_models_without_adapters(run_sync):
     """As a reference of its own says too."""
     own = run_sync(TRANSFORMERS, "objective=ot", *LORA)
@@ -73,6 +75,7 @@ def test_the_old_policy_is_the_anchor_of_a_whole_collection_and_needs_no_referen
     assert all("train/kl_to_reference" not in row for row in run.metrics)
 
 
+@pytest.mark.slow
 def test_two_ranks_and_a_collection_beside_training_take_the_old_policys_states_too(run_sync):
     one = run_sync(TRANSFORMERS, *OLD, "train.epochs=2")
     two = run_sync(TRANSFORMERS, *OLD, "train.epochs=2", "train_model.num_devices=2")
@@ -83,6 +86,7 @@ def test_two_ranks_and_a_collection_beside_training_take_the_old_policys_states_
     assert [row["buffer/staleness_max"] for row in beside.metrics] == [0, 0, 1, 1, 1, 1]
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_within_a_collection_keeps_its_anchor(run_sync, tmp_path):
     overrides = (TRANSFORMERS, *OLD, "train.epochs=2", "train.checkpoint_frequency=1", "train.keep_checkpoints=9")
     whole = run_sync(*overrides)

@@ -131,6 +131,7 @@ def ended(run_dir: Path, arguments: list[str], at_step: int | None, number: int)
         return process.wait(300), errors.read_text()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_and_one_that_is_asked_to_end_go_on_exactly(model_path, scored, tmp_path):
     expected = run_offline(tmp_path / "expected", scored, *STEPS)
     run_dir = tmp_path / "run"

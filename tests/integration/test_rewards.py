@@ -46,6 +46,7 @@ NOTES = {
     "string": "returned '1.0' where a finite number is needed",
     "length": "returned 1 rewards for 8 responses",
 }
+FAST = ("raise", "hang")  # that stop a run in make test; all do in make test-soak
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ def test_a_reward_function_that_fails_on_some_groups_costs_those_groups_and_no_m
     assert all(row["train/grad_norm"] > 0 for row in run.metrics)
 
 
-@pytest.mark.parametrize("kind", NOTES)
+@pytest.mark.parametrize("kind", [kind if kind in FAST else pytest.param(kind, marks=pytest.mark.slow) for kind in NOTES])
 def test_a_reward_function_that_fails_more_often_than_allowed_stops_the_run(overrides, tmp_path, kind):
     with pytest.raises(RewardError) as caught:
         grpo_sync.main(compose("grpo_arithmetic", overrides(f"later_{kind}")), tmp_path / "run")
