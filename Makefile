@@ -25,7 +25,7 @@ setup: .venv/installed ## make .venv and install the pinned requirements
 train: setup   ## train the built-in model on arithmetic; prints held-out accuracy before and after
 	$(BIN)/python grpo_sync.py --config-name grpo_arithmetic
 
-test: setup    ## every test that fits in 15 minutes
+test: setup    ## the tests of every part, in about half an hour
 	$(BIN)/python -m pytest -m "not slow"
 
 test-unit: setup ## the tests that need no actors: seconds
@@ -55,6 +55,7 @@ bench: setup .venv-peers/installed ## the figures of README.md, written to bench
 	$(BIN)/python -m benchmarks.checkpoint
 	$(BIN)/python -m benchmarks.grading
 	$(BIN)/python -m benchmarks.transport
+	$(BIN)/python -m benchmarks.overlap
 	$(BIN)/python -m benchmarks.learning
 
 .venv-peers/installed: benchmarks/requirements_peers.txt
