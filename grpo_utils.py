@@ -94,6 +94,7 @@ def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
             env = PromptEnv((config.groups_per_collection, group_size), grading, data["train"], stream, tokenizer, clock)
             make_run = partial(
                 SyncRun,
+                stream=stream,
                 collector=make_collector(config, env, engines, reference),
                 replay_buffer=make_replay_buffer(config.groups_per_collection, config.groups_per_batch),
                 background=ThreadPoolExecutor(1, thread_name_prefix="collect"),

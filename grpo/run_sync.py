@@ -16,6 +16,7 @@ from tensordict import TensorDict
 from torchrl.data import ReplayBuffer
 
 from grpo.checkpoint import Checkpoint
+from grpo.collect import PromptStream
 from grpo.collector import GroupCollector
 from grpo.errors import ActorError
 from grpo.pools import ReferencePool
@@ -29,6 +30,7 @@ from grpo.run import Run
 @dataclass(kw_only=True)
 class SyncRun(Run):
     collector: GroupCollector
+    stream: PromptStream
     replay_buffer: ReplayBuffer
     background: ThreadPoolExecutor
     old: ReferencePool | None  # the training ranks, where the policy is compared with what it was
@@ -129,11 +131,11 @@ class SyncRun(Run):
             collections["collection"] = self.rollouts
         if self.ahead is not None:  # it was sampled under weights that are gone by then
             collections["ahead"], _ = self._wait_for_collection()
-        self.progress.position = self.collector.env.stream.position
+        self.progress.position = self.stream.position
         return collections
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        self.collector.env.stream.position = self.progress.position
+        self.stream.position = self.progress.position
         self.rollouts = checkpoint.collection("collection")
         ahead = checkpoint.collection("ahead")
         if ahead is not None:
