@@ -21,6 +21,10 @@ Convert = Callable[[dict, str], Problem]  # a row and where it is from, for the 
 log = logging.getLogger(__name__)
 
 
+class NoAnswer(DataError):
+    """A row without an answer that a response could be graded against."""
+
+
 @dataclass(frozen=True)
 class HubSplit:
     """One split of a data set on the hub."""
@@ -79,16 +83,30 @@ def read_hub(source: HubSplit) -> Iterable[dict]:
 def read_problems(config: EnvConfig, train: HubSplit, test: HubSplit, convert: Convert) -> dict[str, list[Problem]]:
     """Problems under `train`, `validation` and `test`, from the hub or, where `env.data` is set, from that file.
 
+    A row of the hub that has no answer is left out and counted, one of the file is an error with its line.
     The file's last `env.test_size` rows are the test split; validation is what then comes last, `env.validation_size` rows.
     """
     if config.data is not None:
         rows = [convert(row, f"env.data {config.data}:{i}") for i, row in enumerate(read_file(config.data), start=1)]
         return split_problems(rows, None, config, f"env.data ({config.data})")
-    parts = [
-        [convert(row, f"{source.name} {source.split} row {i}") for i, row in enumerate(read_hub(source))]
-        for source in (train, test)
-    ]
-    return split_problems(*parts, config, train.name)
+    return split_problems(*(_answered(source, convert) for source in (train, test)), config, train.name)
+
+
+def _answered(source: HubSplit, convert: Convert) -> list[Problem]:
+    """The problems of the hub's rows. Those that raise NoAnswer are left out: nobody here can correct them."""
+    problems, faults = [], []
+    for i, row in enumerate(read_hub(source)):
+        try:
+            problems.append(convert(row, f"{source.name} {source.split} row {i}"))
+        except NoAnswer as fault:
+            faults.append(fault)
+    if faults and not problems:
+        raise faults[0]
+    if faults:
+        log.warning(
+            "%s: %d rows left out, which have no answer to grade against; the first: %s", source.name, len(faults), faults[0]
+        )
+    return problems
 
 
 def split_problems(
