@@ -173,12 +173,12 @@ def test_rows_of_the_hub_without_an_answer_are_left_out_with_one_warning(monkeyp
     (warning,) = (record.getMessage() for record in caplog.records if "no answer" in record.getMessage())
     assert "2 rows left out" in warning and "train row 1: needs a text answer" in warning
     monkeypatch.setattr(datasets, "load_dataset", lambda name, subset, split: rows[1:3])
-    with pytest.raises(DataError, match="train row 1: needs a text answer"):
+    with pytest.raises(DataError, match="train row 0: needs a text answer"):
         tasks.load(EnvConfig(dataset="math"))
 
 
 def test_a_reference_that_cannot_be_parsed_makes_no_answer_wrong():
-    with pytest.raises(DataError, match=r"answer \('.text\{\}'\) cannot be parsed: correct or remove the row"):
+    with pytest.raises(DataError, match=r"answer .*text.* cannot be parsed: correct or remove the row"):
         Math({}).grade(Problem("", r"\text{}"), r"\boxed{5}")
 
 
