@@ -17,6 +17,7 @@ counts as not right, with the reward 0.
 import json
 import random
 import sys
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from omegaconf import OmegaConf
 from grpo import tasks
 from grpo.comparison import Answers, improvements, table
 from grpo.config import EnvConfig, RunConfig, from_dictconfig
-from grpo.errors import ConfigError, DataError, UserError, one_line
+from grpo.errors import ConfigError, DataError, RewardError, UserError, one_line
 from grpo.grading import GradingPool, grading_pool
 from grpo.inference import Sampling, engine_spec
 from grpo.launch import CONFIG_DIR, compose
@@ -69,14 +70,24 @@ def accuracy(
     max_tokens: int,
     seed: int | None = 0,
 ) -> dict[str, float]:
-    """{"accuracy": share of right answers in [0, 1], "n": problems} of the weights that a run's engines have.
+    """{"accuracy": share of right answers in [0, 1], "n": problems graded} of the weights that a run's engines have.
 
-    Greedy, so nothing is drawn; training reseeds the engines for every collection, so its stream stays as it was.
+    Problems whose grading failed or took too long are told, and counted as "ungraded" where there are any; raises
+    RewardError where there is no other. Greedy, so nothing is drawn; training reseeds the engines for every collection, so
+    its stream stays as it was.
     """
     completions = engines.generate(data.prompts, greedy(max_tokens).sampling, seed)
     texts = tokenizer.batch_decode(completions.responses(), skip_special_tokens=True)
-    right = [grade.correct for grade in grading.grade(data.problems, texts)]
-    return {"accuracy": sum(right) / len(right), "n": len(right)}
+    grades = grading.grade(data.problems, texts)
+    right = [grade.correct for grade in grades if grade.is_verdict]
+    found = {"ungraded": len(grades) - len(right)} if len(right) < len(grades) else {}
+    if found:
+        note, _ = Counter(grade.note for grade in grades if not grade.is_verdict).most_common(1)[0]
+        lost = f"{found['ungraded']} of {len(grades)} greedy responses could not be graded: {note}"
+        if not right:
+            raise RewardError(f"{lost}; there is no accuracy without a verdict")
+        print(f"Warning: {lost}; the accuracy is that of the other {len(right)}", flush=True)
+    return {"accuracy": sum(right) / len(right), "n": len(right)} | found
 
 
 @dataclass(frozen=True)

@@ -2,23 +2,39 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from grpo.builtin import make_tokenizer
 from grpo.config import RunConfig
-from grpo.errors import ConfigError, DataError
+from grpo.errors import ConfigError, DataError, RewardError
 from grpo.evaluate import OWN, SECTIONS, Question, accuracy, configure, fair_sample, judge, read_prompts
 from grpo.inference import Sampling
 from grpo.launch import compose
 from grpo.resume import write_config
 from grpo.rewards import Grade
 from grpo.rollout import Completions
+from grpo.run import Run
 from grpo.tasks import EncodedProblems, Problem
 from grpo.tool import split_arguments, whole_number
 
 from .conftest import DirectGrading
+
+
+class Twelve:
+    """Stub engines that answer 12 to everything."""
+
+    def __init__(self) -> None:
+        self.asked = []
+
+    def generate(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> Completions:
+        self.asked.append((prompts, sampling))
+        tokenizer = make_tokenizer()
+        tokens = np.array([*tokenizer("12")["input_ids"], tokenizer.eos_token_id] * len(prompts))
+        length = np.full(len(prompts), 3)
+        return Completions(np.arange(len(prompts)), length, length > 0, tokens, tokens * 0.0, tokens * 0)
 
 
 class Same:
@@ -29,20 +45,46 @@ class Same:
 
 
 def test_accuracy_is_the_share_of_right_greedy_responses():
-    tokenizer, asked = make_tokenizer(), []
-
-    class Engines:
-        """Stub engines that answer 12 to everything."""
-
-        def generate(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> Completions:
-            asked.append((prompts, sampling))
-            tokens = np.array([*tokenizer("12")["input_ids"], tokenizer.eos_token_id] * len(prompts))
-            length = np.full(len(prompts), 3)
-            return Completions(np.arange(len(prompts)), length, length > 0, tokens, tokens * 0.0, tokens * 0)
-
+    engines = Twelve()
     data = EncodedProblems([Problem("", answer) for answer in ("12", "1", "12", "2", "12")], [[i] for i in range(5)], 0)
-    assert accuracy(Engines(), DirectGrading(Same()), data, tokenizer, 9) == {"accuracy": 0.6, "n": 5}
-    assert asked == [(data.prompts, Sampling(num_responses=1, max_tokens=9, temperature=0.0))]
+    assert accuracy(engines, DirectGrading(Same()), data, make_tokenizer(), 9) == {"accuracy": 0.6, "n": 5}
+    assert engines.asked == [(data.prompts, Sampling(num_responses=1, max_tokens=9, temperature=0.0))]
+
+
+class Failing:
+    """A stub grader without a verdict where the problem says so."""
+
+    def grade(self, problem: Problem, response: str) -> Grade:
+        if problem.question:
+            return Grade({}, problem.question, None, f"it was {problem.question}")
+        return Same().grade(problem, response)
+
+
+def test_what_could_not_be_graded_is_told_and_is_not_wrong(capsys):
+    lost = ["timed_out", "grader_error", "grader_error"]
+    problems = [Problem("", "12"), Problem("", "1"), *(Problem(outcome, "12") for outcome in lost)]
+    data = EncodedProblems(problems, [[i] for i in range(5)], 0)
+    found = accuracy(Twelve(), DirectGrading(Failing()), data, make_tokenizer(), 9)
+    assert found == {"accuracy": 0.5, "n": 2, "ungraded": 3}
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("Warning: 3 of 5 greedy responses could not be graded: it was grader_error; the accuracy is that")
+    with pytest.raises(RewardError, match="3 of 3 greedy responses could not be graded: it was grader_error"):
+        accuracy(Twelve(), DirectGrading(Failing()), EncodedProblems(problems[2:], [[0]] * 3, 0), make_tokenizer(), 9)
+
+
+def checked(rate: float, *grades: Grade) -> None:
+    config = SimpleNamespace(train=SimpleNamespace(max_grader_error_rate=rate))
+    Run._check_grading(SimpleNamespace(config=config), list(grades))
+
+
+def test_a_run_counts_every_response_without_a_verdict_and_names_the_most_frequent_note():
+    late, failed = Grade({}, "timed_out", None, "no answer within 10 s"), Grade({}, "grader_error", None, "ValueError: x")
+    right = Grade({"exact": 1.0}, "correct", "4")
+    checked(0.75, late, late, failed, right)
+    with pytest.raises(RewardError, match=r"3 of 4 responses .* \(0.5\) allows; 2 times: no answer within 10 s"):
+        checked(0.5, late, late, failed, right)
+    with pytest.raises(RewardError, match="2 of 2 responses could not be graded"):
+        checked(0.9, late, late)
 
 
 def typed(*items: str) -> tuple[RunConfig, dict[str, str], Path]:
