@@ -32,7 +32,7 @@ from grpo.errors import ConfigError, DataError, RewardError, UserError, one_line
 from grpo.grading import GradingPool, grading_pool
 from grpo.inference import Sampling, engine_spec
 from grpo.launch import CONFIG_DIR, compose
-from grpo.resume import CONFIG, read_config, write_whole
+from grpo.resume import CONFIG, key_value, read_config, write_whole
 from grpo.rewards import Grade, load_reward_function
 from grpo.rollout import Completions, GroupRecord
 from grpo.standalone import Part, sample
@@ -46,6 +46,7 @@ if TYPE_CHECKING:  # importing them takes seconds, and a wrong argument is answe
 
 OWN = ("run", "model", "base", "prompts", "k", "max_samples", "out", "seed", "device")
 SECTIONS = ("env", "inference_model", "ray")
+SPLIT = ("env.dataset", "env.data", "env.validation_size", "env.test_size")  # what a run's test split is made with
 K = 8
 SAMPLE_SEED = 1234  # of max_samples
 
@@ -123,12 +124,26 @@ def configure(arguments: dict[str, str], overrides: dict[str, str]) -> tuple[Run
         config, models = compose(f"grpo_{dataset}", []), {"model": arguments["model"]}
         if "base" in arguments:
             models = {"before": arguments["base"], "after": arguments["model"]}
+    _check_split(config, arguments, overrides)
     changed = OmegaConf.structured(config)
     override(changed, {key: arguments[key] for key in ("seed", "device") if key in arguments} | overrides)
     out = Path(arguments.get("out", folder / ("comparison.json" if len(models) == 2 else "evaluation.json")))
     if not out.parent.is_dir():
         raise ConfigError(f"out ({out}): there is no directory {out.parent}")
     return from_dictconfig(changed), models, out
+
+
+def _check_split(config: RunConfig, arguments: dict[str, str], overrides: dict[str, str]) -> None:
+    """Raise ConfigError where the test split would be another than the run's, and might hold what it was trained on."""
+    if "run" not in arguments or "prompts" in arguments:
+        return
+    for key in SPLIT:
+        trained = key_value(config, key)
+        if key in overrides and overrides[key] != ("null" if trained is None else str(trained)):
+            raise ConfigError(
+                f"{key} ({overrides[key]}) must be the run's own ({trained}), or its training problems might be asked: "
+                "max_samples=N asks fewer, prompts=FILE others"
+            )
 
 
 def read_prompts(path: Path, dataset: str) -> tuple[list[Question], list[str]]:

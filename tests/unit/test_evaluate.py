@@ -113,6 +113,14 @@ def test_what_is_typed_comes_on_top(tmp_path):
     assert out == tmp_path / "other.json"
 
 
+def test_the_runs_own_split_may_be_typed_and_prompts_of_ones_own_are_not_split(tmp_path):
+    run = f"run={finished_run(tmp_path)}"
+    config, _, _ = typed(run, "env.test_size=7", "env.data=null", "env.dataset=arithmetic")
+    assert config.env.test_size == 7
+    config, _, _ = typed(run, "env.dataset=gsm8k", "prompts=mine.jsonl")
+    assert config.env.dataset == "gsm8k"
+
+
 def test_a_model_is_evaluated_with_the_settings_of_its_tasks_configuration():
     config, models, out = typed("model=mine", "env.dataset=arithmetic")
     assert (config.env.max_prompt_length, config.inference_model.max_tokens) == (32, 24)
@@ -125,6 +133,13 @@ def test_a_model_is_evaluated_with_the_settings_of_its_tasks_configuration():
     ("items", "message"),
     [
         ([], "give either run=DIRECTORY or model=PATH"),
+        (
+            ["run={done}", "env.test_size=9"],
+            r"env.test_size \(9\) must be the run's own \(7\), .*: max_samples=N asks fewer",
+        ),
+        (["run={done}", "env.validation_size=9"], r"env.validation_size \(9\) must be the run's own"),
+        (["run={done}", "env.data=mine.jsonl"], r"env.data \(mine.jsonl\) must be the run's own \(None\)"),
+        (["run={done}", "env.dataset=countdown"], r"env.dataset \(countdown\) must be the run's own \(arithmetic\)"),
         (["run={tmp}", "model=mine"], "give either run=DIRECTORY or model=PATH"),
         (["run={tmp}/nothing"], r"run \(.*/nothing\): there is no run there: give the directory of one"),
         (["run={tmp}"], r"run \(.*\) has no model/ yet, which is written at its end: go on with resume="),
@@ -141,8 +156,11 @@ def test_a_model_is_evaluated_with_the_settings_of_its_tasks_configuration():
 )
 def test_wrong_arguments_end_in_one_line(items, message, tmp_path):
     write_config(compose("grpo_arithmetic", []), tmp_path)
+    done = tmp_path / "done"
+    done.mkdir()
+    finished_run(done)
     with pytest.raises(ConfigError, match=message) as raised:
-        typed(*(item.format(tmp=tmp_path) for item in items))
+        typed(*(item.format(tmp=tmp_path, done=done) for item in items))
     assert "\n" not in str(raised.value)
 
 
