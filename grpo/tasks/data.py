@@ -120,10 +120,10 @@ def split_problems(
     end = max(len(rows) - test_size, 0)
     test = rows[end:] if test is None else test
     start = max(end - config.validation_size, 0)
-    asked = {_key(problem) for problem in test}
-    validation = [problem for problem in rows[start:end] if _key(problem) not in asked]
-    asked |= {_key(problem) for problem in validation}
-    train = [problem for problem in rows[:start] if _key(problem) not in asked]
+    asked = {key(problem) for problem in test}
+    validation = [problem for problem in rows[start:end] if key(problem) not in asked]
+    asked |= {key(problem) for problem in validation}
+    train = [problem for problem in rows[:start] if key(problem) not in asked]
     dropped = end - len(validation) - len(train)
     if dropped:
         log.warning("%s: %d problems left out, whose questions are in a held-out split too", where, dropped)
@@ -137,9 +137,20 @@ def split_problems(
     return {"train": train, "validation": validation, "test": test}
 
 
-def _key(problem: Problem) -> str:
+def key(problem: Problem) -> str:
     """Equal for questions that differ in case or white space only."""
     return " ".join(problem.question.casefold().split())
+
+
+def read_answer(row: dict, where: str) -> dict:
+    """The fields that the answer of a line of rollouts.jsonl holds as JSON; raises DataError where it has none."""
+    try:
+        fields = json.loads(row["answer"])
+    except (ValueError, RecursionError):
+        fields = None
+    if not isinstance(fields, dict):
+        raise DataError(f"{where}: answer ({row['answer'][:60]!r}) must be a JSON object, as in a run's rollouts.jsonl")
+    return fields
 
 
 def take_examples(splits: dict[str, list[Problem]], config: EnvConfig) -> list[Problem]:
