@@ -153,16 +153,17 @@ def test_problems_are_the_same_each_time_and_others_for_each_split():
 
 
 def test_other_sizes_move_no_problem_to_another_split():
-    def numbers(split: str, **sizes: int) -> list[tuple[int, ...]]:
+    def numbers(**sizes: int) -> dict[str, list[tuple[int, ...]]]:
         task = tasks.load(EnvConfig(dataset="countdown", **sizes))
-        return [tuple(sorted(json.loads(p.answer)["numbers"])) for p in task.problems(split)]
+        return {
+            split: [tuple(sorted(json.loads(p.answer)["numbers"])) for p in task.problems(split)] for split in tasks.SPLITS
+        }
 
-    small, large = {"validation_size": 20, "test_size": 30}, {"validation_size": 300, "test_size": 4000}
-    assert numbers("test", **large)[:30] == numbers("test", **small)
-    assert numbers("validation", **large)[:20] == numbers("validation", **small)
-    train = numbers("train", **small)
-    assert numbers("train", **large) == train and len(set(train)) == TRAIN_SIZE
-    assert not set(train) & {*numbers("test", **large), *numbers("validation", **large)}
+    small, large = numbers(validation_size=20, test_size=30), numbers(validation_size=300, test_size=4000)
+    assert large["test"][:30] == small["test"]
+    assert large["validation"][:20] == small["validation"]
+    assert large["train"] == small["train"] and len(set(small["train"])) == TRAIN_SIZE
+    assert not set(small["train"]) & {*large["test"], *large["validation"]}
     with pytest.raises(ConfigError, match=r"env.test_size \(20001\) must be at most 20000"):
         tasks.load(EnvConfig(dataset="countdown", test_size=20_001))
     with pytest.raises(ConfigError, match=r"env.few_shot \(10000\) must be below 10000"):
