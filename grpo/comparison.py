@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import chain
 from statistics import fmean
 
-from grpo.intervals import Interval, clustered_share, mean_interval, paired_shares, wilson
+from grpo.intervals import Interval, clustered_share, mean_interval, paired_means, paired_shares, wilson
 from grpo.rewards import OUTCOMES, Grade
 
 
@@ -86,10 +86,13 @@ def improvements(before: Answers, after: Answers) -> dict:
     if not before.right:
         return {}
     found = _change("improvement", before.right, after.right, paired_shares(before.right, after.right))
-    for name, first, second in (("reward", before.rewards, after.rewards), ("mean_at_k", before.shares, after.shares)):
-        if first:
-            differences = [b - a for a, b in zip(first, second, strict=True)]
-            found |= _change(f"{name}_improvement", first, second, mean_interval(differences))
+    rewards = before.rewards + after.rewards
+    span = max(rewards) - min(rewards)  # no more is known of the range of a user's own rewards
+    interval = paired_means(before.rewards, after.rewards, span)
+    found |= _change("reward_improvement", before.rewards, after.rewards, interval)
+    if before.shares:
+        interval = paired_means(before.shares, after.shares, 1.0)
+        found |= _change("mean_at_k_improvement", before.shares, after.shares, interval)
     return found
 
 

@@ -83,6 +83,12 @@ class EnvConfig:
         )
         _one_of("env.style", self.style, ("hash", "think"))
         _check(
+            self.style == "hash" or self.dataset == "gsm8k",
+            "env.style",
+            self.style,
+            f"is for env.dataset=gsm8k, not for {self.dataset}: leave it out, or set env.system_prompt",
+        )
+        _check(
             self.repeats >= 2,
             "env.repeats",
             self.repeats,

@@ -17,6 +17,7 @@ counts as not right, with the reward 0.
 import json
 import random
 import sys
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,11 +28,11 @@ from omegaconf import OmegaConf
 from grpo import tasks
 from grpo.comparison import Answers, improvements, table
 from grpo.config import EnvConfig, RunConfig, from_dictconfig
-from grpo.errors import ConfigError, DataError, UserError, one_line
+from grpo.errors import ConfigError, DataError, RewardError, UserError, one_line
 from grpo.grading import GradingPool, grading_pool
 from grpo.inference import Sampling, engine_spec
 from grpo.launch import CONFIG_DIR, compose
-from grpo.resume import CONFIG, read_config, write_whole
+from grpo.resume import CONFIG, key_value, read_config, write_whole
 from grpo.rewards import Grade, load_reward_function
 from grpo.rollout import Completions, GroupRecord
 from grpo.standalone import Part, sample
@@ -45,6 +46,7 @@ if TYPE_CHECKING:  # importing them takes seconds, and a wrong argument is answe
 
 OWN = ("run", "model", "base", "prompts", "k", "max_samples", "out", "seed", "device")
 SECTIONS = ("env", "inference_model", "ray")
+SPLIT = ("env.dataset", "env.data", "env.validation_size", "env.test_size")  # what a run's test split is made with
 K = 8
 SAMPLE_SEED = 1234  # of max_samples
 
@@ -69,14 +71,24 @@ def accuracy(
     max_tokens: int,
     seed: int | None = 0,
 ) -> dict[str, float]:
-    """{"accuracy": share of right answers in [0, 1], "n": problems} of the weights that a run's engines have.
+    """{"accuracy": share of right answers in [0, 1], "n": problems graded} of the weights that a run's engines have.
 
-    Greedy, so nothing is drawn; training reseeds the engines for every collection, so its stream stays as it was.
+    Problems whose grading failed or took too long are told, and counted as "ungraded" where there are any; raises
+    RewardError where there is no other. Greedy, so nothing is drawn; training reseeds the engines for every collection, so
+    its stream stays as it was.
     """
     completions = engines.generate(data.prompts, greedy(max_tokens).sampling, seed)
     texts = tokenizer.batch_decode(completions.responses(), skip_special_tokens=True)
-    right = [grade.correct for grade in grading.grade(data.problems, texts)]
-    return {"accuracy": sum(right) / len(right), "n": len(right)}
+    grades = grading.grade(data.problems, texts)
+    right = [grade.correct for grade in grades if grade.is_verdict]
+    found = {"ungraded": len(grades) - len(right)} if len(right) < len(grades) else {}
+    if found:
+        note, _ = Counter(grade.note for grade in grades if not grade.is_verdict).most_common(1)[0]
+        lost = f"{found['ungraded']} of {len(grades)} greedy responses could not be graded: {note}"
+        if not right:
+            raise RewardError(f"{lost}; there is no accuracy without a verdict")
+        print(f"Warning: {lost}; the accuracy is that of the other {len(right)}", flush=True)
+    return {"accuracy": sum(right) / len(right), "n": len(right)} | found
 
 
 @dataclass(frozen=True)
@@ -112,12 +124,26 @@ def configure(arguments: dict[str, str], overrides: dict[str, str]) -> tuple[Run
         config, models = compose(f"grpo_{dataset}", []), {"model": arguments["model"]}
         if "base" in arguments:
             models = {"before": arguments["base"], "after": arguments["model"]}
+    _check_split(config, arguments, overrides)
     changed = OmegaConf.structured(config)
     override(changed, {key: arguments[key] for key in ("seed", "device") if key in arguments} | overrides)
     out = Path(arguments.get("out", folder / ("comparison.json" if len(models) == 2 else "evaluation.json")))
     if not out.parent.is_dir():
         raise ConfigError(f"out ({out}): there is no directory {out.parent}")
     return from_dictconfig(changed), models, out
+
+
+def _check_split(config: RunConfig, arguments: dict[str, str], overrides: dict[str, str]) -> None:
+    """Raise ConfigError where the test split would be another than the run's, and might hold what it was trained on."""
+    if "run" not in arguments or "prompts" in arguments:
+        return
+    for key in SPLIT:
+        trained = key_value(config, key)
+        if key in overrides and overrides[key] != ("null" if trained is None else str(trained)):
+            raise ConfigError(
+                f"{key} ({overrides[key]}) must be the run's own ({trained}), or its training problems might be asked: "
+                "max_samples=N asks fewer, prompts=FILE others"
+            )
 
 
 def read_prompts(path: Path, dataset: str) -> tuple[list[Question], list[str]]:

@@ -2,23 +2,27 @@
 
     python -m grpo.grade env.dataset=gsm8k responses=FILE.jsonl [out=FILE.jsonl] [env.KEY=VALUE ...]
 
-Each line of `responses` has the fields of the task's own rows (for most tasks `answer`; for ifeval `prompt`,
-`instruction_id_list` and `kwargs`) and `response`. It comes back in `out` with `reward`, `terms`, `outcome` and `parsed`,
-and with a `note` where there is no verdict. Lines that cannot be read are reported by number and stop nothing.
+Each line of `responses` has `response` and the fields of the task's own rows (for most tasks `answer`; for countdown
+`numbers` and `target`; for ifeval `prompt`, `instruction_id_list` and `kwargs`), or is one of a run's rollouts.jsonl.
+It comes back in `out` with `reward`, `terms`, `outcome` and `parsed` (for ifeval also `follow_strict` and
+`follow_loose`, a verdict an instruction), and with a `note` where there is no verdict. Lines that cannot be read are
+reported by number and stop nothing.
 """
 
 import json
+import os
 import sys
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 from grpo import tasks
 from grpo.config import EnvConfig
 from grpo.errors import ConfigError, DataError, UserError, one_line
 from grpo.grading import Failed, GradingPool, grading_pool
 from grpo.rewards import OUTCOMES, Grade
-from grpo.tasks import ifeval
 from grpo.tool import parse_arguments, read_lines
 
 LINES = 4096  # that are graded at a time
@@ -33,19 +37,38 @@ def _row(dataset: str, row: dict, where: str) -> Row:
 
 
 def grade_file(config: EnvConfig, source: Path, out: Path | None) -> tuple[list[Grade], list[str]]:
-    """Grade every line of `source` into `out`; returns the verdicts, and what was wrong with the lines left out."""
+    """Grade every line of `source` into `out`, which is there once it is whole.
+
+    Returns the verdicts, and what was wrong with the lines left out. Raises ConfigError where `out` cannot be written, or is
+    `source`.
+    """
+    if out is None:
+        with open(os.devnull, "w") as nowhere:
+            return _grade_lines(config, source, nowhere)
+    if out.exists() and (not out.is_file() or out.samefile(source)):
+        what = "must not be responses, which it would replace" if out.is_file() else "is there, and no file"
+        raise ConfigError(f"out ({out}) {what}: give another name")
+    if not out.parent.is_dir():
+        raise ConfigError(f"out ({out}): there is no directory {out.parent}")
+    aside = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        with open(aside, "w") as sink:
+            found = _grade_lines(config, source, sink)
+        os.replace(aside, out)
+    finally:
+        aside.unlink(missing_ok=True)
+    return found
+
+
+def _grade_lines(config: EnvConfig, source: Path, sink: IO[str]) -> tuple[list[Grade], list[str]]:
     grades, problems = [], []
     with grading_pool(config) as pool, open(source, "rb") as lines:
-        sink = open(out, "w") if out is not None else None  # noqa: SIM115
         part: list[Row] = []
 
         def finish() -> None:
             found = grade_rows(pool, part)
             grades.extend(found)
-            if sink is not None:
-                for (row, problem), grade in zip(part, found, strict=True):
-                    details = ifeval.details(problem, row["response"]) if config.dataset == "ifeval" else {}
-                    sink.write(json.dumps(row | verdict(grade) | details) + "\n")
+            sink.writelines(json.dumps(row | verdict(grade)) + "\n" for (row, _), grade in zip(part, found, strict=True))
             part.clear()
 
         for row in read_lines(lines, partial(_row, config.dataset), problems):
@@ -53,8 +76,6 @@ def grade_file(config: EnvConfig, source: Path, out: Path | None) -> tuple[list[
             if len(part) == LINES:
                 finish()
         finish()
-        if sink is not None:
-            sink.close()
     return grades, problems
 
 
@@ -66,7 +87,7 @@ def grade_rows(pool: GradingPool, rows: list[Row]) -> list[Grade]:
         return grades
     rewards = pool.reward([([p.question], [r], [p.answer]) for p, r in zip(problems, responses, strict=True)])
     return [
-        found.grade if isinstance(found, Failed) else Grade({"reward_fn": found[0]}, grade.outcome, grade.parsed, grade.note)
+        found.grade if isinstance(found, Failed) else replace(grade, terms={"reward_fn": found[0]})
         for grade, found in zip(grades, rewards, strict=True)
     ]
 
@@ -74,7 +95,8 @@ def grade_rows(pool: GradingPool, rows: list[Row]) -> list[Grade]:
 def verdict(grade: Grade) -> dict:
     """What is added to a row."""
     note = {"note": grade.note} if grade.note else {}
-    return {"reward": grade.reward, "terms": grade.terms, "outcome": grade.outcome, "parsed": grade.parsed} | note
+    found = {"reward": grade.reward, "terms": grade.terms, "outcome": grade.outcome, "parsed": grade.parsed}
+    return found | grade.details | note
 
 
 def summary(grades: list[Grade], problems: list[str]) -> str:

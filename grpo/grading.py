@@ -94,10 +94,16 @@ class GradingPool:
         results: list = [None] * len(items)
         size = max(1, min(CHUNK, -(-len(items) // (2 * len(self.workers)))))
         waiting = deque(deque(range(i, min(i + size, len(items)))) for i in range(0, len(items), size))
+        lost = 0  # processes that died with nothing to do
         while waiting or any(worker.doing for worker in self.workers):
-            for worker in self.workers:
-                if waiting and worker.ready and not worker.doing:
-                    worker.begin(waiting.popleft(), method, items, timeout_s)
+            for i, worker in enumerate(self.workers):
+                if not waiting or not worker.ready or worker.doing or worker.begin(waiting, method, items, timeout_s):
+                    continue
+                lost += 1
+                if lost > 2 * len(self.workers):
+                    raise ActorError(f"{lost} grading processes died before they graded anything")
+                worker.end()
+                self.workers[i] = _Worker(self.context, self.arguments)
             deadline = min(worker.deadline for worker in self.workers if worker.doing or not worker.ready)
             arrived = wait([worker.connection for worker in self.workers], max(0.0, deadline - time.monotonic()))
             for i, worker in enumerate(self.workers):
@@ -148,10 +154,15 @@ class _Worker:
         other.close()
         self.deadline = time.monotonic() + START_TIMEOUT_S
 
-    def begin(self, indices: deque, method: str, items: list, timeout_s: float) -> None:
-        self.doing = indices
-        self.connection.send((method, [items[i] for i in indices]))
+    def begin(self, waiting: deque, method: str, items: list, timeout_s: float) -> bool:
+        """Take the first chunk of `waiting`; false, with the chunk left there, where the process has died."""
+        try:
+            self.connection.send((method, [items[i] for i in waiting[0]]))
+        except (BrokenPipeError, ConnectionResetError):
+            return False
+        self.doing = waiting.popleft()
         self.deadline = time.monotonic() + timeout_s
+        return True
 
     def take(self, results: list, timeout_s: float) -> Failed | None:
         """Take one result, or hear that it is ready; Failed where it has died."""

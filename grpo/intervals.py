@@ -1,7 +1,7 @@
 """95% intervals of evaluations: pure functions of plain numbers.
 
 The unit is always the problem: k responses to one problem are no k independent trials. Compare models by intervals of
-their difference, problem by problem (`paired_shares`, `mean_interval`), never by whether their own intervals overlap.
+their difference, problem by problem (`paired_shares`, `paired_means`), never by whether their own intervals overlap.
 """
 
 from collections.abc import Sequence
@@ -9,6 +9,8 @@ from math import sqrt
 from statistics import NormalDist, fmean, variance
 
 Z = NormalDist().inv_cdf(0.975)
+
+STUDENT = (12.7062, 4.30265, 3.18245, 2.77645, 2.57058, 2.44691, 2.36462, 2.306, 2.26216, 2.22814)  # 1 to 10 degrees
 
 Interval = tuple[float, float]
 
@@ -54,23 +56,38 @@ def paired_shares(before: Sequence[bool], after: Sequence[bool]) -> Interval:
     return max(-1.0, centre - half), min(1.0, centre + half)
 
 
-def mean_interval(values: Sequence[float]) -> Interval | None:
-    """Of the mean of `values`, one a problem: Student's interval, without width where all are equal; None of a single one.
+def paired_means(before: Sequence[float], after: Sequence[float], span: float) -> Interval | None:
+    """Of mean(after) - mean(before) over the same n problems, whose differences d are in [-span, span]; None below n = 2.
 
-    For two models the values are the differences problem by problem: Miller, arXiv 2411.00640.
+    Student's interval of those differences and two more, -span and span, so that it has a width where no problem changed,
+    or few did: paired_shares' half an observation at either end would promise too much there, as simulation shows. (Agresti
+    and Caffo, The American Statistician 54 (2000), add as many, a success and a failure, to each share that they compare.)
+
+    Differences problem by problem: Miller, arXiv 2411.00640. With `span` 0, where all rewards are equal, it is None too.
     """
+    differences = [second - first for first, second in zip(before, after, strict=True)]
+    if len(differences) < 2 or span == 0:
+        return None
+    low, high = mean_interval([*differences, -span, span])
+    return max(-span, low), min(span, high)
+
+
+def mean_interval(values: Sequence[float]) -> Interval | None:
+    """Of the mean of `values`, one a problem: Student's interval; None of a single one, and where all are equal."""
     n = len(values)
-    if n < 2:
+    if n < 2 or min(values) == max(values):
         return None
     mean, half = fmean(values), student(n - 1) * sqrt(variance(values) / n)
     return mean - half, mean + half
 
 
 def student(freedom: int) -> float:
-    """The 97.5% quantile of Student's t, by its expansion at the normal one: 0.3% short at 4 degrees of freedom, 3% at 2.
+    """The 97.5% quantile of Student's t: of a table up to 10 degrees of freedom, beyond by its expansion at the normal one.
 
     Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.5, three terms.
     """
+    if freedom <= len(STUDENT):
+        return STUDENT[freedom - 1]
     first = (Z**3 + Z) / 4
     second = (5 * Z**5 + 16 * Z**3 + 3 * Z) / 96
     third = (3 * Z**7 + 19 * Z**5 + 17 * Z**3 - 15 * Z) / 384

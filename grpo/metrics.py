@@ -37,6 +37,7 @@ METRICS = {
     "rollout/unparseable": "share of responses without an answer that can be read",
     "rollout/timed_out": "share of responses that could not be graded within the time limit",
     "rollout/grader_error": "share of responses whose grading failed",
+    "rollout/term_*": "mean of the reward's term of that name, of the responses with a verdict: a metric for each term",
     "rollout/truncated": "share of responses cut at their token budget",
     "rollout/response_length_mean": "tokens a response",
     "rollout/response_length_max": "tokens of the longest response",
@@ -104,6 +105,11 @@ METRICS = {
 PHASES = ("generate", "reward", "reference", "train", "push", "wait", "eval", "checkpoint")
 
 
+def metric(name: str) -> str:
+    """The name under which METRICS has a metric."""
+    return "rollout/term_*" if name.startswith("rollout/term_") else name
+
+
 class Clock:
     """Seconds a phase: since the last `take`, and in total. Phases may overlap where a collection runs beside training."""
 
@@ -141,6 +147,8 @@ def rollout_metrics(
     sizes = [len(record.grades) for record in batch["records"]]
     staleness = (trainer_version - batch["policy_version"]).float()
     outcomes = Counter(grade.outcome for grade in grades)
+    verdicts = [grade.terms for grade in grades if grade.is_verdict]
+    terms = {name: sum(its.get(name, 0.0) for its in verdicts) / len(verdicts) for its in verdicts for name in its}
 
     def share(outcome: str) -> float:
         return outcomes[outcome] / len(grades)
@@ -156,6 +164,7 @@ def rollout_metrics(
         "rollout/reward_max": reward.max(),
         "rollout/accuracy": share("correct"),
         **{f"rollout/{outcome}": share(outcome) for outcome in OUTCOMES if outcome != "correct"},
+        **{f"rollout/term_{name}": mean for name, mean in terms.items()},
         "rollout/truncated": 1 - batch["stopped"].float().mean(),
         "rollout/response_length_mean": length.mean(),
         "rollout/response_length_max": length.max(),
@@ -321,12 +330,12 @@ class RunLog:
         if self.held is None:
             return
         record, self.held = self.held, None
-        unknown = record.keys() - METRICS.keys() - {"step", "time_s", "policy_version"}
+        unknown = set(map(metric, record)) - METRICS.keys() - {"step", "time_s", "policy_version"}
         assert not unknown, f"metrics without a line in the table: {sorted(unknown)}"
         self.files[METRICS_FILE].write(json.dumps(record) + "\n")
         self.files[METRICS_FILE].flush()
         if record["step"] % self.frequency == 0 or "eval/accuracy" in record:
-            points = {name: value for name, value in record.items() if name in METRICS}
+            points = {name: value for name, value in record.items() if metric(name) in METRICS}
             if self.wandb is not None:
                 self.wandb.log(points, step=record["step"])
             if self.tensorboard is not None:

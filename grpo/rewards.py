@@ -6,11 +6,10 @@ would poison a whole group.
 
 import importlib
 import importlib.util
-import math
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +17,8 @@ from types import ModuleType
 from grpo.errors import ConfigError, RewardError
 
 OUTCOMES = ("correct", "wrong", "unparseable", "timed_out", "grader_error")
+
+LARGEST = 3.4028234663852886e38  # of float32, which rewards and advantages are kept in
 
 RewardFunction = Callable[[list[str], list[str], list[str]], list[float]]
 
@@ -30,6 +31,7 @@ class Grade:
     outcome: str  # one of OUTCOMES
     parsed: str | None  # the answer found in the response
     note: str = ""  # why there is no verdict
+    details: dict[str, list[bool]] = field(default_factory=dict)  # what else the task says of it, for python -m grpo.grade
 
     @property
     def reward(self) -> float:
@@ -81,7 +83,7 @@ def _what_and_where(error: Exception) -> str:
 def apply_reward_function(
     function: RewardFunction, prompts: list[str], responses: list[str], answers: list[str]
 ) -> list[float]:
-    """The rewards that `function` gives, checked: as many as there are responses, each a finite number."""
+    """The rewards that `function` gives, checked: as many as there are responses, each finite, as float32 too."""
     name = getattr(function, "__name__", repr(function))
     try:
         rewards = list(function(prompts, responses, answers))
@@ -90,9 +92,9 @@ def apply_reward_function(
     if len(rewards) != len(responses):
         raise RewardError(f"env.reward_fn {name} returned {len(rewards)} rewards for {len(responses)} responses")
     for reward, prompt, response in zip(rewards, prompts, responses, strict=True):
-        if not isinstance(reward, Real) or not math.isfinite(reward):
+        if not isinstance(reward, Real) or not abs(reward) <= LARGEST:  # nan is not
             raise RewardError(
-                f"env.reward_fn {name} returned {reward!r} where a finite number is needed, "
+                f"env.reward_fn {name} returned {reward!r} where a finite number is needed, of float32's range, "
                 f"for the response {response[:80]!r} to the prompt {prompt[:80]!r}"
             )
     return [float(reward) for reward in rewards]

@@ -100,7 +100,8 @@ class Run(Session):
         """Bring `progress` up to date for a checkpoint; returns the collections that belong to it."""
 
     def _check_grading(self, grades: list[Grade]) -> None:
-        notes = Counter(grade.note for grade in grades if grade.outcome == "grader_error")
+        """Raise RewardError where more than train.max_grader_error_rate of them are no verdicts, timed out or failed."""
+        notes = Counter(grade.note for grade in grades if not grade.is_verdict)
         if notes.total() > self.config.train.max_grader_error_rate * len(grades):
             note, count = notes.most_common(1)[0]
             raise RewardError(

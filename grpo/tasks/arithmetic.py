@@ -92,10 +92,12 @@ class Arithmetic:
 
 def row_problem(row: dict, where: str) -> Problem:
     """{answer}, a whole number; the question may be missing."""
-    try:
-        return Problem(str(row.get("question", "")), str(int(row["answer"])))
-    except (KeyError, TypeError, ValueError):
-        raise DataError(f"{where}: answer ({str(row.get('answer'))[:60]}) must be a whole number") from None
+    answer = row.get("answer")
+    if isinstance(answer, float) and answer.is_integer():
+        answer = int(answer)
+    if isinstance(answer, bool) or not re.fullmatch(r"\s*[-+]?[0-9]{1,18}\s*", str(answer)):
+        raise DataError(f"{where}: answer ({str(answer)[:60]}) must be a whole number")
+    return Problem(str(row.get("question", "")), str(int(answer)))
 
 
 def grader() -> Arithmetic:

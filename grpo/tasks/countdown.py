@@ -1,28 +1,33 @@
 """Countdown: make an expression of given numbers, each used exactly once, that is worth a target.
 
 Problems are generated from a fixed seed, each from a random expression, so that every one is solvable, or read from a
-local file of {"numbers": [3, 5, 7], "target": 22} rows. No two generated problems have the same numbers, so no two splits
-share any. Expressions are evaluated here, over exact fractions: + - * / (also × ÷ −) and parentheses, nothing else.
+local file of {"numbers": [3, 5, 7], "target": 22} rows. Numbers belong to one split, whatever its size, and each split
+has a stream of its own, so that no change of the sizes moves a problem from one to another. Expressions are evaluated
+here, over exact fractions: + - * / (also × · ÷ − and LaTeX's signs) and parentheses, nothing else.
 """
 
 import json
 import random
 import re
+import zlib
 from collections.abc import Iterator
 from fractions import Fraction
 from functools import lru_cache
+from itertools import islice
 
 from grpo.config import EnvConfig
 from grpo.errors import DataError
 from grpo.rewards import Grade
+from grpo.rules import check
 from grpo.tasks import Problem
-from grpo.tasks.data import read_file, split_problems, take_examples
+from grpo.tasks.data import read_answer, read_file, split_problems, take_examples
 
-SEED = 1234
+SEEDS = {"train": 1234, "validation": 1235, "test": 1236}
 COUNTS = (3, 4)  # numbers a problem, drawn alike: a 3B model solves some of both
 NUMBERS = range(1, 51)
 TARGETS = range(1, 101)
 TRAIN_SIZE = 10_000
+MOST = 20_000  # problems of a split: there are about 100,000 different numbers for each
 
 MAX_EXPRESSION = 200  # characters
 MAX_DEPTH = 20  # parentheses and signs inside one another
@@ -32,7 +37,18 @@ MAX_NUMBERS = 20  # in a row of a local file
 TAG = re.compile(r"<answer>([^<]{0,400})</answer>", re.IGNORECASE)
 LINE = re.compile(r"\banswer[*_]{0,2} ?:[*_]{0,2}[ \t]{0,8}+([^\n]{0,400})", re.IGNORECASE)
 TOKEN = re.compile(rf"\s*+(?:(?P<number>[0-9]{{1,{MAX_DIGITS}}})(?![0-9.])|(?P<sign>[-+*/()])(?!(?<=\*)\*|(?<=/)/))")
-SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-", "\u00a0": " "})
+BOX = re.compile(r"\\boxed ?\{([^{}]{0,400})\}")
+SIGNS = str.maketrans({"×": "*", "·": "*", "⋅": "*", "∗": "*", "÷": "/", "−": "-", "–": "-", "\u00a0": " "})
+LATEX = [
+    (re.compile(pattern), sign)
+    for pattern, sign in (
+        (r"\\(?:times|cdot|ast)(?![a-zA-Z])", "*"),
+        (r"\\div(?![a-zA-Z])", "/"),
+        (r"\\(?:left|right)(?![a-zA-Z])|\\[()\[\],;! ]", " "),
+        (r"(?<=[0-9)])(\s?)[xX](?=\s?[0-9(])", r"\1*"),
+    )
+]
+OPERATION = re.compile(r"[0-9)]\s{0,8}+[-+*/]")
 
 
 class ExpressionError(Exception):
@@ -96,7 +112,7 @@ def evaluate(expression: str) -> tuple[Fraction, list[int]]:
     """An expression's exact value and the numbers in it, in their order; raises ExpressionError where it is none."""
     if len(expression) > MAX_EXPRESSION:
         raise ExpressionError(f"longer than {MAX_EXPRESSION} characters")
-    text, at, tokens = expression.translate(SIGNS).strip(), 0, []
+    text, at, tokens = _plain(expression).strip(), 0, []
     while at < len(text):
         found = TOKEN.match(text, at)
         if found is None:
@@ -110,10 +126,24 @@ def evaluate(expression: str) -> tuple[Fraction, list[int]]:
     return value, [int(token) for token in tokens if token.isdigit()]
 
 
+def _plain(expression: str) -> str:
+    """`expression` with the four signs and parentheses in the place of unicode's and LaTeX's."""
+    text = expression.translate(SIGNS)
+    for pattern, sign in LATEX:
+        text = pattern.sub(sign, text)
+    return text
+
+
 def stated_expression(response: str) -> str | None:
-    """What the last answer tag holds, or the rest of the last line with `Answer:`; without what follows a `=`."""
-    found = TAG.findall(response) or LINE.findall(response)
-    return found[-1].split("=")[0].strip(" \t\r\n.*`$") if found else None
+    """What the last answer tag holds, or the last box, or the rest of the last line with `Answer:`.
+
+    Of an equation, `3 * 5 + 7 = 22` or `22 = 3 * 5 + 7`, its first side with an operation.
+    """
+    found = TAG.findall(response) or BOX.findall(response) or LINE.findall(response)
+    if not found:
+        return None
+    sides = (BOX.findall(found[-1]) or found)[-1].split("=")
+    return next((side for side in sides if OPERATION.search(_plain(side))), sides[0]).strip(" \t\r\n.*`$")
 
 
 @lru_cache(maxsize=1 << 16)
@@ -130,9 +160,8 @@ def make_problem(numbers: list[int], target: int, solution: str = "") -> Problem
     return Problem(question, json.dumps({"numbers": numbers, "target": target}), solution)
 
 
-def _draw(generator: random.Random, count: int) -> tuple[list[int], int, str] | None:
-    """Numbers, target and a solution, from a random expression; None where its value is no target."""
-    numbers = [generator.choice(NUMBERS) for _ in range(count)]
+def _draw(generator: random.Random, numbers: list[int]) -> tuple[int, str] | None:
+    """Target and a solution, from a random expression of `numbers`; None where its value is no target."""
     parts = [(Fraction(number), str(number)) for number in numbers]
     while len(parts) > 1:
         (a, left), (b, right) = (parts.pop(generator.randrange(len(parts))) for _ in range(2))
@@ -142,17 +171,25 @@ def _draw(generator: random.Random, count: int) -> tuple[list[int], int, str] | 
         value = {"+": a + b, "-": a - b, "*": a * b}[sign] if sign != "/" else a / b
         parts.append((value, f"({left} {sign} {right})"))
     value, solution = parts[0]
-    return (numbers, int(value), solution[1:-1]) if value in TARGETS else None
+    return (int(value), solution[1:-1]) if value in TARGETS else None
 
 
-def generate(seed: int) -> Iterator[Problem]:
-    """Solvable problems without end, the same for the same seed, no two with the same numbers."""
-    generator, seen = random.Random(seed), set()
+def owner(numbers: list[int]) -> str:
+    """The split that problems with these numbers belong to, a third of all numbers each."""
+    return list(SEEDS)[zlib.crc32(str(sorted(numbers)).encode()) % len(SEEDS)]
+
+
+def generate(split: str) -> Iterator[Problem]:
+    """Solvable problems of `split` (at most MOST), always the same, no two with the same numbers."""
+    generator, seen = random.Random(SEEDS[split]), set()
     while True:
-        drawn = _draw(generator, generator.choice(COUNTS))
-        if drawn is not None and tuple(sorted(drawn[0])) not in seen:
-            seen.add(tuple(sorted(drawn[0])))
-            yield make_problem(*drawn)
+        numbers = [generator.choice(NUMBERS) for _ in range(generator.choice(COUNTS))]
+        if owner(numbers) != split or tuple(sorted(numbers)) in seen:
+            continue
+        drawn = _draw(generator, numbers)
+        if drawn is not None:
+            seen.add(tuple(sorted(numbers)))
+            yield make_problem(numbers, *drawn)
 
 
 class Countdown:
@@ -180,7 +217,9 @@ class Countdown:
 
 
 def row_problem(row: dict, where: str) -> Problem:
-    """{numbers, target}."""
+    """{numbers, target}, or {answer} with them as JSON, as in a run's rollouts.jsonl."""
+    if "numbers" not in row and isinstance(row.get("answer"), str):
+        row = read_answer(row, where)
     numbers, target = row.get("numbers"), row.get("target")
 
     def whole(value: object) -> bool:
@@ -199,10 +238,16 @@ def grader() -> Countdown:
 
 def load(config: EnvConfig) -> Countdown:
     if config.data is None:
-        source = generate(SEED)
-        test = [next(source) for _ in range(config.test_size)]
-        rows = [next(source) for _ in range(TRAIN_SIZE + config.validation_size)]
-        splits = split_problems(rows, test, config, "countdown")
+        sizes = {"train": TRAIN_SIZE, "validation": config.validation_size, "test": config.test_size}
+        for split in ("validation", "test"):
+            check(sizes[split] <= MOST, f"env.{split}_size", sizes[split], f"must be at most {MOST} where problems are made")
+        check(
+            config.few_shot < TRAIN_SIZE,
+            "env.few_shot",
+            config.few_shot,
+            f"must be below {TRAIN_SIZE}, to train on the rest",
+        )
+        splits = {split: list(islice(generate(split), size)) for split, size in sizes.items()}
     else:
         if config.few_shot:
             raise DataError(f"env.few_shot ({config.few_shot}) must be 0 with env.data: its rows have no solutions to show")

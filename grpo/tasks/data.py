@@ -21,6 +21,10 @@ Convert = Callable[[dict, str], Problem]  # a row and where it is from, for the 
 log = logging.getLogger(__name__)
 
 
+class NoAnswer(DataError):
+    """A row without an answer that a response could be graded against."""
+
+
 @dataclass(frozen=True)
 class HubSplit:
     """One split of a data set on the hub."""
@@ -79,16 +83,30 @@ def read_hub(source: HubSplit) -> Iterable[dict]:
 def read_problems(config: EnvConfig, train: HubSplit, test: HubSplit, convert: Convert) -> dict[str, list[Problem]]:
     """Problems under `train`, `validation` and `test`, from the hub or, where `env.data` is set, from that file.
 
+    A row of the hub that has no answer is left out and counted, one of the file is an error with its line.
     The file's last `env.test_size` rows are the test split; validation is what then comes last, `env.validation_size` rows.
     """
     if config.data is not None:
         rows = [convert(row, f"env.data {config.data}:{i}") for i, row in enumerate(read_file(config.data), start=1)]
         return split_problems(rows, None, config, f"env.data ({config.data})")
-    parts = [
-        [convert(row, f"{source.name} {source.split} row {i}") for i, row in enumerate(read_hub(source))]
-        for source in (train, test)
-    ]
-    return split_problems(*parts, config, train.name)
+    return split_problems(*(_answered(source, convert) for source in (train, test)), config, train.name)
+
+
+def _answered(source: HubSplit, convert: Convert) -> list[Problem]:
+    """The problems of the hub's rows. Those that raise NoAnswer are left out: nobody here can correct them."""
+    problems, faults = [], []
+    for i, row in enumerate(read_hub(source)):
+        try:
+            problems.append(convert(row, f"{source.name} {source.split} row {i}"))
+        except NoAnswer as fault:
+            faults.append(fault)
+    if faults and not problems:
+        raise faults[0]
+    if faults:
+        log.warning(
+            "%s: %d rows left out, which have no answer to grade against; the first: %s", source.name, len(faults), faults[0]
+        )
+    return problems
 
 
 def split_problems(
@@ -102,10 +120,10 @@ def split_problems(
     end = max(len(rows) - test_size, 0)
     test = rows[end:] if test is None else test
     start = max(end - config.validation_size, 0)
-    asked = {_key(problem) for problem in test}
-    validation = [problem for problem in rows[start:end] if _key(problem) not in asked]
-    asked |= {_key(problem) for problem in validation}
-    train = [problem for problem in rows[:start] if _key(problem) not in asked]
+    asked = {key(problem) for problem in test}
+    validation = [problem for problem in rows[start:end] if key(problem) not in asked]
+    asked |= {key(problem) for problem in validation}
+    train = [problem for problem in rows[:start] if key(problem) not in asked]
     dropped = end - len(validation) - len(train)
     if dropped:
         log.warning("%s: %d problems left out, whose questions are in a held-out split too", where, dropped)
@@ -119,9 +137,20 @@ def split_problems(
     return {"train": train, "validation": validation, "test": test}
 
 
-def _key(problem: Problem) -> str:
+def key(problem: Problem) -> str:
     """Equal for questions that differ in case or white space only."""
     return " ".join(problem.question.casefold().split())
+
+
+def read_answer(row: dict, where: str) -> dict:
+    """The fields that the answer of a line of rollouts.jsonl holds as JSON; raises DataError where it has none."""
+    try:
+        fields = json.loads(row["answer"])
+    except (ValueError, RecursionError):
+        fields = None
+    if not isinstance(fields, dict):
+        raise DataError(f"{where}: answer ({row['answer'][:60]!r}) must be a JSON object, as in a run's rollouts.jsonl")
+    return fields
 
 
 def take_examples(splits: dict[str, list[Problem]], config: EnvConfig) -> list[Problem]:

@@ -13,7 +13,10 @@ Markdown or LaTeX around them, and may be fractions (3/4, 1 1/2, \\frac{3}{4}, �
 is rounded.
 
 - Of an equation, `3 * 6 = 18`, the last side that is a number counts; nothing is computed.
-- Several numbers where one is due (`3 or 4`, `3 to 4`, `3:4`, `5 * 6`) state no answer that could be graded: unparseable.
+- Several numbers where one is due (`3 or 4`, `3 to 4`, `3:4`, `3 4`, `3 | 4`, `3 (or 4)`, `5 * 6`, `5 times 6`,
+  `5 feet 6 inches`, `3 and a half`) state no answer that could be graded: unparseable.
+- A remark does not take the place of a statement: after `#### 18` or `The answer is 18`, a later `This answer is right, as
+  there are 7 days` changes nothing. Its number counts only where nothing else is stated.
 - A statement without a number (`#### none`, `The answer is not 18`) is none, and the one before it counts.
 - `#### 2. Find the price` with text on the lines below is a numbered heading, not an answer.
 - Percent: 50% is 1/2, and also 50 where the question asks for percent: where the last of its sentences that ends in a
@@ -82,7 +85,7 @@ MARKUP = [
         (r"\\approx(?![a-zA-Z])|\\simeq(?![a-zA-Z])", "="),
         (r"\\(?:text|textbf|mathrm|mathbf|mbox|textit) ?\{([^{}]{0,60})\}", r" \1 "),
         (r"\\[dt]frac(?![a-zA-Z])", r"\\frac"),
-        (r"\\frac ?\{ ?([0-9]{1,40}) ?\} ?\{ ?([0-9]{1,40}) ?\}", r" \1/\2 "),
+        (r"\\frac ?\{ ?(-?[0-9]{1,40}) ?\} ?\{ ?([0-9]{1,40}) ?\}", r" \1/\2 "),
         (r"\\frac ?([0-9])([0-9])(?![0-9])", r" \1/\2 "),
         (r"\^ ?\{? ?\\circ ?\}?|°", " "),
         (r"\\(?:left|right|displaystyle|quad|qquad|bf)(?![a-zA-Z])", " "),
@@ -130,6 +133,11 @@ SCALE = re.compile(
     r"|(?P<word>dozen|hundred|thousand|million|billion|trillion)s?\b)",
     re.IGNORECASE,
 )
+# Words after which another number explains the first one, and those after which it says when or where.
+REASON = r"(?:because|since|as|so|not|if|where|when|given|using)\b"
+PLACE = r"(?:from|in|at|on|for|after|before|over|by|with|during|within|every|each)\b"
+HEDGE = r"(?:or|and|maybe|perhaps|possibly|probably|either|vs|versus|alternatively|then|rather|else)\b"
+ANOTHER = rf"(?:{HEDGE}[ ,.]{{0,2}}){{0,3}}(?:{CURRENCY} ?)?-?[0-9][0-9,]{{0,40}}+(?:\.[0-9]{{1,40}}+)?"
 # What may not follow a number that is to stand for itself: more digits, an operator, a power, another number.
 # `18 dollars, or 1800 cents` is one amount in two units.
 CONTINUED = re.compile(
@@ -138,14 +146,31 @@ CONTINUED = re.compile(
     r"|\.{2,4}[0-9]| ?\\(?!n\b)[a-zA-Z]| x [0-9]"
     r"| (?:hours?|hrs?|minutes?|min|dollars?|feet|foot|ft|pounds?|lbs?|years?|months?|weeks?|days?) [0-9]"
     r"| [a-zA-Z]{1,15} ?[-*×÷+=/] ?[$0-9]"
+    rf"|[ \t?!|→⇒±…\\]{{1,8}}{ANOTHER}(?! ?[-+*/×÷=^x])|[ .?\n]{{1,8}}{ANOTHER}(?! ?[-+*/×÷=^x]| [a-zA-Z])"
+    rf"| ?[(\[{{] ?{ANOTHER}\?? ?[)\]}}]| ?-+> ?{ANOTHER}"
+    rf"| ?(?!{REASON}|{PLACE})[a-zA-Z]{{1,15}}[ \n]{{1,3}}(?:{CURRENCY} ?)?[0-9]| ?(?:hrs?|min|sec|yds?|ft|lbs?|oz)\. [0-9]"
+    r"|[^0-9\n.]{0,40}\b(?:maybe|perhaps|possibly|alternatively|versus)\b[^0-9\n]{0,15}[0-9]"
+    r"| (?:[a-zA-Z]{2,15} )?(?:(?:divided|multiplied) by|(?:more|less|fewer|greater|larger|smaller|higher) than) [$0-9]"
+    r"| (?:squared|cubed)(?! [a-z])| and (?:a |one )?(?:half|third|quarter)\b| (?:ten|hundred|thousand|million)ths?\b"
+    r"| (?:lakh|crore)s?\b"
+    rf"|(?: (?!{REASON})[$a-zA-Z0-9.%]{{1,20}}){{1,12}} ?="  # 3 boxes of 6 eggs = 18
     rf"|(?! ?(?P<unit>[a-zA-Z]{{2,15}}),? or {CURRENCY}?[0-9][0-9,.]{{0,30}} (?!(?P=unit)\b)[a-zA-Z])"
     rf" ?[a-zA-Z]{{0,15}}(?: ?[,;&] ?| and | or |-or-| to )(?:and |or )?{CURRENCY}?-?[0-9]",
 )
 # What may not stand between a marker and a number further on.
 NOT_PROSE = re.compile(
-    r"\b(?:not|never|neither|nor|cannot|between|than|least|most|from|if)\b|n['’]t\b|\\[a-zA-Z]|[*+/^×÷·√<>≤≥]", re.IGNORECASE
+    r"\b(?:not|never|neither|nor|cannot|between|than|least|most|from|if)\b|n['’]t\b|\\[a-zA-Z]|[*+/^×÷·√<>≤≥]"
+    r"|\b(?:half|twice|thrice|double|triple|third|quarter)(?: of)? ?\Z",
+    re.IGNORECASE,
 )
 PROSE = ("heading", "words")  # markers after which the number may stand among words
+# How the words after `the answer is` begin where they are the answer, and not a remark on it.
+DIRECT = re.compile(
+    rf"(?:{LEAD.pattern})(?:[-+$€£¥₹(\\.]|[0-9]|{CURRENCY}|[a-zA-Z]{{1,20}} ?=|that\b|minus\b|negative\b)", re.IGNORECASE
+)
+CHECKING = re.compile(
+    r"\b(?:verify|check|confirm|explain|justify|prove|test)(?:ing)?(?: [a-z]{1,10}){0,2} \Z", re.IGNORECASE
+)
 SENTENCE_END = re.compile(r"(?<!\bRs)[.!?](?=\s|$)|\n")
 HEADING = re.compile(r" ?[0-9]{1,2}[.):] {1,3}[A-Za-z][^\n]{0,200}\n\s{0,20}\S")
 
@@ -282,19 +307,36 @@ def _statement(marker: re.Match, text: str, end: int) -> Value | None:
     return read_clause(clause, prose=kind in PROSE)
 
 
+def _is_remark(marker: re.Match, text: str) -> bool:
+    """Whether what follows `marker` is said about an answer (`is right, as there are 7 days`) rather than the answer."""
+    if marker.lastgroup != "words":
+        return False
+    if CHECKING.search(text, max(0, marker.start() - 40), marker.start()):
+        return True
+    clause = text[marker.end() : marker.end() + MAX_STATEMENT]
+    return not marker.group().endswith((":", "=")) and not DIRECT.match(_plain(clause[OPENING.match(clause).end() :]))
+
+
 def final_answer(response: str) -> Value | None:
-    """The last final answer that `response` states; None where there is none, or the last one is not one number."""
+    """The last final answer that `response` states; None where there is none, or the last one is not one number.
+
+    Where there are remarks alone, the number in the last of them.
+    """
     markers = deque(MARKER.finditer(response), maxlen=MAX_STATEMENTS)
-    end = len(response)
+    end, remarked = len(response), None
     for marker in reversed(markers):
+        is_remark = _is_remark(marker, response)
         try:
             value = _statement(marker, response, end)
         except Ambiguous:
-            return None
-        if value is not None:
+            if is_remark:
+                continue
+            return remarked
+        if value is not None and not is_remark:
             return value
+        remarked = remarked or value
         end = marker.start()
-    return None
+    return remarked
 
 
 @lru_cache(maxsize=1 << 16)

@@ -14,7 +14,7 @@ from grpo.errors import ConfigError, DataError
 from grpo.instructions import fault, verdicts
 from grpo.rewards import Grade
 from grpo.tasks import Problem
-from grpo.tasks.data import HubSplit, read_file, read_hub
+from grpo.tasks.data import HubSplit, key, read_answer, read_file, read_hub
 
 SPLIT_SEED = 1234
 
@@ -33,21 +33,26 @@ class IFEval:
     def grade(self, problem: Problem, response: str) -> Grade:
         """0.5 times the share of instructions followed loosely, 0.5 for following all of them strictly.
 
-        `parsed` tells how many are followed strictly, as 2/3; only a blank response is unparseable.
+        `parsed` tells how many are followed strictly, as 2/3; only a blank response is unparseable. `details` has a verdict
+        an instruction.
         """
-        if not response.strip():
-            return Grade({"followed": 0.0, "all": 0.0}, "unparseable", None)
         asked = json.loads(problem.answer)
         strict, loose = verdicts(asked["instruction_id_list"], asked["kwargs"], response)
+        details = {"follow_strict": strict, "follow_loose": loose}
+        if not response.strip():
+            return Grade({"followed": 0.0, "all": 0.0}, "unparseable", None, details=details)
         terms = {"followed": 0.5 * sum(loose) / len(loose), "all": 0.5 * all(strict)}
-        return Grade(terms, "correct" if all(strict) else "wrong", f"{sum(strict)}/{len(strict)}")
+        return Grade(terms, "correct" if all(strict) else "wrong", f"{sum(strict)}/{len(strict)}", details=details)
 
 
 def row_problem(row: dict, where: str) -> Problem:
     """The problem of a row {prompt, instruction_id_list, kwargs}; raises DataError, which begins with `where`.
 
-    The hub gives every row all the keyword arguments there are: those that are null are left out.
+    A line of rollouts.jsonl has the last two in its `answer`. The hub gives every row all the keyword arguments there are:
+    those that are null are left out.
     """
+    if "instruction_id_list" not in row and isinstance(row.get("answer"), str):
+        row = row | read_answer(row, where)
     prompt, ids, kwargs = row.get("prompt"), row.get("instruction_id_list"), row.get("kwargs")
     if not isinstance(prompt, str) or not isinstance(ids, list) or not isinstance(kwargs, list):
         raise DataError(f"{where}: needs the text prompt and the lists instruction_id_list and kwargs, has {sorted(row)}")
@@ -62,28 +67,21 @@ def row_problem(row: dict, where: str) -> Problem:
     return Problem(prompt, json.dumps({"instruction_id_list": ids, "kwargs": kwargs}))
 
 
-def details(problem: Problem, response: str) -> dict[str, list[bool]]:
-    """`follow_strict` and `follow_loose`, a verdict an instruction."""
-    asked = json.loads(problem.answer)
-    strict, loose = verdicts(asked["instruction_id_list"], asked["kwargs"], response)
-    return {"follow_strict": strict, "follow_loose": loose}
-
-
 def split_problems(problems: list[Problem], validation_size: int, test_size: int) -> dict[str, list[Problem]]:
-    """Test, validation and train, which share no prompt; the same for the same problems on every machine.
+    """Test, validation and train, which share no prompt, whatever its case and white space; the same on every machine.
 
     Test and validation get as many prompts as asked for, but at most a quarter of all of them each.
     """
-    prompts = list(dict.fromkeys(problem.question for problem in problems))
+    prompts = list(dict.fromkeys(map(key, problems)))
     random.Random(SPLIT_SEED).shuffle(prompts)
     quarter = len(prompts) // 4
     test = set(prompts[: min(test_size, quarter)])
     validation = set(prompts[len(test) :][: min(validation_size, quarter)])
     held_out = test | validation
     return {
-        "train": [p for p in problems if p.question not in held_out],
-        "validation": [p for p in problems if p.question in validation],
-        "test": [p for p in problems if p.question in test],
+        "train": [p for p in problems if key(p) not in held_out],
+        "validation": [p for p in problems if key(p) in validation],
+        "test": [p for p in problems if key(p) in test],
     }
 
 

@@ -1,10 +1,12 @@
 """Competition mathematics: problems whose solution ends in a boxed answer, which may be any LaTeX.
 
 The data is the hub's `DigitalLearningGmbH/MATH-lighteval` to train on and `HuggingFaceH4/MATH-500` to test on, or a local
-file of {"problem", "solution"} rows, the answer being the last \\boxed{...} of the solution, or {"problem", "answer"} rows.
+file of {"problem", "solution"} rows, the answer being the last \\boxed{...} or \\boxed TOKEN of the solution, or
+{"problem", "answer"} rows.
 
-Answers are compared by math-verify (https://github.com/huggingface/Math-Verify), as expressions and not as text. Its own
-time limits are signals and are switched off: a comparison may take as long as SymPy likes, so grade() belongs in a process
+Answers are compared by math-verify (https://github.com/huggingface/Math-Verify), as expressions and not as text. Where one
+of them is a decimal it compares both rounded to DECIMALS places (its own default, 6, takes 0.333333 for 1/3). Its own time
+limits are signals and are switched off: a comparison may take as long as SymPy likes, so grade() belongs in a process
 with a time limit. Only the last boxed answer goes into it, whole or not at all.
 """
 
@@ -19,10 +21,15 @@ from grpo.config import EnvConfig
 from grpo.errors import DataError
 from grpo.rewards import Grade
 from grpo.tasks import Problem
-from grpo.tasks.data import HubSplit, read_problems, take_examples, text_fields
+from grpo.tasks.data import HubSplit, NoAnswer, read_problems, take_examples, text_fields
 
 MAX_ANSWER = 1000  # characters of a boxed answer
-BOX = re.compile(r"\\(?:boxed|fbox) ?\{")
+DECIMALS = 12  # math-verify's float_rounding
+# \boxed{...}, or \boxed and a number or a letter that stands alone, as TeX and some solutions of MATH have it.
+BOX = re.compile(
+    r"\\(?:boxed|fbox)(?:\s{0,4}\{| {1,4}(?P<token>[-+]?(?:[0-9][0-9.,/]{0,40}+|[A-Za-z]))(?=[\s$)\]},.;]|\\[)\]]|$))"
+)
+TRAILING = re.compile(r"(?<!\\)[.,;\s]+$")
 WHOLE = re.compile(r"[-+]?[0-9]{1,40}")
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is none
 
@@ -30,18 +37,33 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its ti
 
 
 def last_boxed(text: str) -> str | None:
-    """What the last \\boxed{...} of `text` holds; None where there is none, it is not closed, or is over MAX_ANSWER long."""
+    """What the last box of `text` holds, without a comma or full stop at its end.
+
+    None where there is none, it is not closed, or is over MAX_ANSWER long.
+    """
     found = None
     for found in BOX.finditer(text):  # noqa: B007 - the last one is what is wanted
         pass
     if found is None:
         return None
+    if found["token"] is not None:
+        return _bare(found["token"])
     depth = 1
     for brace in BRACE.finditer(text, found.end(), found.end() + MAX_ANSWER + 1):
         depth += {"{": 1, "}": -1}.get(brace.group(), 0)
         if depth == 0:
-            return text[found.end() : brace.start()].strip()
+            return _bare(text[found.end() : brace.start()])
     return None
+
+
+def _bare(answer: str) -> str:
+    return TRAILING.sub("", answer.strip()) if answer.strip(" .,;") else answer.strip()
+
+
+def _is_whole(answer: str) -> bool:
+    """Whether `answer` is not a part of an expression only: braces and environments are closed, no side is missing."""
+    closed = last_boxed(rf"\boxed{{{answer}}}") == answer
+    return closed and not answer.endswith("=") and answer.count(r"\begin{") == answer.count(r"\end{")
 
 
 @lru_cache(maxsize=1 << 12)
@@ -70,7 +92,9 @@ class Math:
         elif answer and WHOLE.fullmatch(answer) and WHOLE.fullmatch(problem.answer):  # most answers: no need of SymPy
             exact = int(answer) == int(problem.answer)
         elif answer and parse(answer):
-            exact = math_verify.verify(parse(problem.answer), parse(answer), timeout_seconds=None)
+            if not parse(problem.answer):
+                raise DataError(f"answer ({problem.answer[:60]!r}) cannot be parsed: correct or remove the row")
+            exact = math_verify.verify(parse(problem.answer), parse(answer), float_rounding=DECIMALS, timeout_seconds=None)
         else:
             return Grade({"format": 0.0, "exact": 0.0}, "unparseable", None)
         return Grade({"format": 0.1, "exact": 0.9 * exact}, "correct" if exact else "wrong", answer)
@@ -80,12 +104,14 @@ def _problem(row: dict, where: str) -> Problem:
     (question,) = text_fields(row, ("problem",), where)
     if isinstance(row.get("answer"), str):
         answer, solution = row["answer"].strip(), str(row.get("solution") or "")
-        answer = last_boxed(answer) or answer
+        answer = last_boxed(answer) or _bare(answer)
     else:
         (solution,) = text_fields(row, ("solution",), where)
         answer = last_boxed(solution)
     if not answer or len(answer) > MAX_ANSWER:
-        raise DataError(f"{where}: needs a text answer, or a solution with \\boxed{{...}}, of 1 to {MAX_ANSWER} characters")
+        raise NoAnswer(f"{where}: needs a text answer, or a solution with \\boxed{{...}}, of 1 to {MAX_ANSWER} characters")
+    if not _is_whole(answer):
+        raise NoAnswer(f"{where}: its answer is not one whole expression: {answer[:60]!r}; correct or remove the row")
     return Problem(question, answer, solution)
 
 

@@ -14,7 +14,7 @@ from grpo.config import EnvConfig
 from grpo.engine_transformers import TransformersEngine
 from grpo.inference import EngineSpec, Request, Sampling
 from grpo.launch import compose
-from grpo.metrics import METRICS
+from grpo.metrics import METRICS, metric
 from grpo.models import load_tokenizer
 from grpo.tasks import encode_split, load
 
@@ -58,7 +58,7 @@ def test_another_seed_gives_another_run(run_sync):
 def test_a_run_leaves_behind_what_the_documents_promise(run_sync):
     run = run_sync("inference_model.backend=vllm")
     for row in run.metrics:
-        assert row.keys() - METRICS.keys() == {"step", "time_s", "policy_version"}
+        assert set(map(metric, row)) - METRICS.keys() == {"step", "time_s", "policy_version"}
         assert all(math.isfinite(value) for value in row.values())
     assert [row["step"] for row in run.metrics] == [1, 2, 3]
     assert all(row["buffer/staleness_max"] == 0 for row in run.metrics)

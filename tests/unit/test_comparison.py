@@ -3,7 +3,7 @@
 import pytest
 
 from grpo.comparison import Answers, improvements, table
-from grpo.intervals import clustered_share, mean_interval, wilson
+from grpo.intervals import clustered_share, paired_means, wilson
 from grpo.rewards import Grade
 
 RIGHT, WRONG = Grade({"format": 0.2, "exact": 0.8}, "correct", "4"), Grade({"format": 0.2}, "wrong", "5")
@@ -36,9 +36,10 @@ def test_improvements_are_paired_and_relative_to_before():
     low, high = found["improvement_interval_95"]
     assert low < 1 / 3 < high  # 2 turned right, none wrong: centred at 2 / (4 + 2)
     assert found["reward_improvement"] == pytest.approx((0.0 + 0.8 + 0.8 + 0.2) / 4)
-    assert found["reward_improvement_interval_95"] == pytest.approx(mean_interval([0.0, 0.8, 0.8, 0.2]))
+    assert found["reward_improvement_interval_95"] == paired_means(BEFORE.rewards, AFTER.rewards, 1.0)
     assert found["reward_improvement_percentage"] == pytest.approx(100 * 1.8 / 1.4)
     assert found["mean_at_k_improvement"] == 0.5
+    assert found["mean_at_k_improvement_interval_95"] == paired_means([1, 0.5, 0, 0], [1, 1, 1, 0.5], 1.0)
     assert found["mean_at_k_improvement_percentage"] == pytest.approx(100 * 0.5 / 0.375)
 
 

@@ -120,6 +120,7 @@ BAD_VALUES = [
     (["env.max_samples=0"], "env.max_samples (0) must be at least 1"),
     (["env.few_shot=-1"], "env.few_shot (-1) must be at least 0"),
     (["env.style=json"], "env.style (json) must be one of hash, think"),
+    (["env.style=think", "env.dataset=math"], "env.style (think) is for env.dataset=gsm8k, not for math: leave it out"),
     (["env.repeats=1"], "env.repeats (1) must be at least 2: advantages compare the responses of a group"),
     (["env.reward_fn=mine"], "env.reward_fn (mine) must be PATH.py:FUNCTION"),
     (["env.reward_fn=mine.py"], "env.reward_fn (mine.py) must be PATH.py:FUNCTION"),

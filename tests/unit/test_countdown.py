@@ -6,8 +6,18 @@ import pytest
 
 from grpo import tasks
 from grpo.config import EnvConfig
-from grpo.errors import DataError
-from grpo.tasks.countdown import COUNTS, NUMBERS, TARGETS, Countdown, ExpressionError, evaluate, generate, make_problem
+from grpo.errors import ConfigError, DataError
+from grpo.tasks.countdown import (
+    COUNTS,
+    NUMBERS,
+    TARGETS,
+    TRAIN_SIZE,
+    Countdown,
+    ExpressionError,
+    evaluate,
+    generate,
+    make_problem,
+)
 from tests.unit.hostile import pathological, random_texts
 
 PROBLEM = make_problem([3, 5, 7], 22)
@@ -63,7 +73,7 @@ def test_expressions_are_worth_their_exact_value(expression, value, numbers):
             "3e2",
         ),
         *("x", "3x", "1/0", "1/(3-3)", "__import__('os')", "5!", "sqrt(4)", "3,5", "٣", "3 == 3", "1" * 10, "(" * 100 + "1"),
-        *("(" * 30 + "1" + ")" * 30, "-" * 30 + "1", "+".join("1" * 150), "\x00", "\ud800", "3(5)", "(3)(5)", "3\\times5"),
+        *("(" * 30 + "1" + ")" * 30, "-" * 30 + "1", "+".join("1" * 150), "\x00", "\ud800", "3(5)", "(3)(5)", "3\\frac5"),
     ],
 )
 def test_what_is_no_expression_is_refused(expression):
@@ -89,7 +99,19 @@ def test_what_is_no_expression_is_refused(expression):
         ("<answer>35 - 13</answer>", 0.1, "wrong", "35 - 13"),
         ("<answer>3 - 5 * 7</answer>", 0.1, "wrong", "3 - 5 * 7"),
         ("<answer>5 + 17</answer>", 0.1, "wrong", "5 + 17"),
-        ("<answer>22 = 3 * 5 + 7</answer>", 0.1, "wrong", "22"),
+        ("<answer>22 = 3 * 5 + 7</answer>", 1.0, "correct", "3 * 5 + 7"),
+        ("<answer>3 * 5 + 7 = 15 + 7 = 22</answer>", 1.0, "correct", "3 * 5 + 7"),
+        ("<answer>22 = 22</answer>", 0.1, "wrong", "22"),
+        ("<answer>3 x 5 + 7</answer>", 1.0, "correct", "3 x 5 + 7"),
+        ("<answer>3x5+7</answer>", 1.0, "correct", "3x5+7"),
+        ("<answer>3 \\times 5 + 7</answer>", 1.0, "correct", "3 \\times 5 + 7"),
+        ("<answer>\\(3 \\cdot 5 + 7\\)</answer>", 1.0, "correct", "\\(3 \\cdot 5 + 7\\)"),
+        ("<answer>3⋅5+7</answer>", 1.0, "correct", "3⋅5+7"),
+        ("<answer>3∗5+7</answer>", 1.0, "correct", "3∗5+7"),
+        ("So it is $\\boxed{3 \\times 5 + 7 = 22}$.", 1.0, "correct", "3 \\times 5 + 7"),
+        ("<answer>\\boxed{3*5+7}</answer>", 1.0, "correct", "3*5+7"),
+        ("<answer>3 xx 5 + 7</answer>", 0.0, "unparseable", None),
+        ("<answer>x * 5 + 7</answer>", 0.0, "unparseable", None),
         ("<answer></answer>", 0.0, "unparseable", None),
         ("<answer>impossible</answer>", 0.0, "unparseable", None),
         ("<answer>3 * 5 + 7", 0.0, "unparseable", None),
@@ -116,7 +138,7 @@ def test_a_target_reached_by_way_of_a_fraction_is_reached():
 
 def test_every_generated_problem_is_solved_by_its_own_solution():
     task = Countdown({})
-    for problem in islice(generate(7), 2000):
+    for problem in islice(generate("train"), 2000):
         asked = json.loads(problem.answer)
         assert asked["target"] in TARGETS
         assert len(asked["numbers"]) in COUNTS
@@ -124,10 +146,28 @@ def test_every_generated_problem_is_solved_by_its_own_solution():
         assert task.grade(problem, f"<answer>{problem.solution}</answer>").correct
 
 
-def test_problems_are_the_same_for_the_same_seed_only():
-    first, again, other = (list(islice(generate(seed), 20)) for seed in (1, 1, 2))
+def test_problems_are_the_same_each_time_and_others_for_each_split():
+    first, again, other = (list(islice(generate(split), 20)) for split in ("train", "train", "test"))
     assert first == again
-    assert first != other
+    assert not {problem.answer for problem in first} & {problem.answer for problem in other}
+
+
+def test_other_sizes_move_no_problem_to_another_split():
+    def numbers(**sizes: int) -> dict[str, list[tuple[int, ...]]]:
+        task = tasks.load(EnvConfig(dataset="countdown", **sizes))
+        return {
+            split: [tuple(sorted(json.loads(p.answer)["numbers"])) for p in task.problems(split)] for split in tasks.SPLITS
+        }
+
+    small, large = numbers(validation_size=20, test_size=30), numbers(validation_size=300, test_size=4000)
+    assert large["test"][:30] == small["test"]
+    assert large["validation"][:20] == small["validation"]
+    assert large["train"] == small["train"] and len(set(small["train"])) == TRAIN_SIZE
+    assert not set(small["train"]) & {*large["test"], *large["validation"]}
+    with pytest.raises(ConfigError, match=r"env.test_size \(20001\) must be at most 20000"):
+        tasks.load(EnvConfig(dataset="countdown", test_size=20_001))
+    with pytest.raises(ConfigError, match=r"env.few_shot \(10000\) must be below 10000"):
+        tasks.load(EnvConfig(dataset="countdown", few_shot=10_000))
 
 
 def test_no_two_splits_share_numbers():

@@ -2,23 +2,39 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from grpo.builtin import make_tokenizer
 from grpo.config import RunConfig
-from grpo.errors import ConfigError, DataError
+from grpo.errors import ConfigError, DataError, RewardError
 from grpo.evaluate import OWN, SECTIONS, Question, accuracy, configure, fair_sample, judge, read_prompts
 from grpo.inference import Sampling
 from grpo.launch import compose
 from grpo.resume import write_config
 from grpo.rewards import Grade
 from grpo.rollout import Completions
+from grpo.run import Run
 from grpo.tasks import EncodedProblems, Problem
 from grpo.tool import split_arguments, whole_number
 
 from .conftest import DirectGrading
+
+
+class Twelve:
+    """Stub engines that answer 12 to everything."""
+
+    def __init__(self) -> None:
+        self.asked = []
+
+    def generate(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> Completions:
+        self.asked.append((prompts, sampling))
+        tokenizer = make_tokenizer()
+        tokens = np.array([*tokenizer("12")["input_ids"], tokenizer.eos_token_id] * len(prompts))
+        length = np.full(len(prompts), 3)
+        return Completions(np.arange(len(prompts)), length, length > 0, tokens, tokens * 0.0, tokens * 0)
 
 
 class Same:
@@ -29,20 +45,46 @@ class Same:
 
 
 def test_accuracy_is_the_share_of_right_greedy_responses():
-    tokenizer, asked = make_tokenizer(), []
-
-    class Engines:
-        """Stub engines that answer 12 to everything."""
-
-        def generate(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> Completions:
-            asked.append((prompts, sampling))
-            tokens = np.array([*tokenizer("12")["input_ids"], tokenizer.eos_token_id] * len(prompts))
-            length = np.full(len(prompts), 3)
-            return Completions(np.arange(len(prompts)), length, length > 0, tokens, tokens * 0.0, tokens * 0)
-
+    engines = Twelve()
     data = EncodedProblems([Problem("", answer) for answer in ("12", "1", "12", "2", "12")], [[i] for i in range(5)], 0)
-    assert accuracy(Engines(), DirectGrading(Same()), data, tokenizer, 9) == {"accuracy": 0.6, "n": 5}
-    assert asked == [(data.prompts, Sampling(num_responses=1, max_tokens=9, temperature=0.0))]
+    assert accuracy(engines, DirectGrading(Same()), data, make_tokenizer(), 9) == {"accuracy": 0.6, "n": 5}
+    assert engines.asked == [(data.prompts, Sampling(num_responses=1, max_tokens=9, temperature=0.0))]
+
+
+class Failing:
+    """A stub grader without a verdict where the problem says so."""
+
+    def grade(self, problem: Problem, response: str) -> Grade:
+        if problem.question:
+            return Grade({}, problem.question, None, f"it was {problem.question}")
+        return Same().grade(problem, response)
+
+
+def test_what_could_not_be_graded_is_told_and_is_not_wrong(capsys):
+    lost = ["timed_out", "grader_error", "grader_error"]
+    problems = [Problem("", "12"), Problem("", "1"), *(Problem(outcome, "12") for outcome in lost)]
+    data = EncodedProblems(problems, [[i] for i in range(5)], 0)
+    found = accuracy(Twelve(), DirectGrading(Failing()), data, make_tokenizer(), 9)
+    assert found == {"accuracy": 0.5, "n": 2, "ungraded": 3}
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("Warning: 3 of 5 greedy responses could not be graded: it was grader_error; the accuracy is that")
+    with pytest.raises(RewardError, match="3 of 3 greedy responses could not be graded: it was grader_error"):
+        accuracy(Twelve(), DirectGrading(Failing()), EncodedProblems(problems[2:], [[0]] * 3, 0), make_tokenizer(), 9)
+
+
+def checked(rate: float, *grades: Grade) -> None:
+    config = SimpleNamespace(train=SimpleNamespace(max_grader_error_rate=rate))
+    Run._check_grading(SimpleNamespace(config=config), list(grades))
+
+
+def test_a_run_counts_every_response_without_a_verdict_and_names_the_most_frequent_note():
+    late, failed = Grade({}, "timed_out", None, "no answer within 10 s"), Grade({}, "grader_error", None, "ValueError: x")
+    right = Grade({"exact": 1.0}, "correct", "4")
+    checked(0.75, late, late, failed, right)
+    with pytest.raises(RewardError, match=r"3 of 4 responses .* \(0.5\) allows; 2 times: no answer within 10 s"):
+        checked(0.5, late, late, failed, right)
+    with pytest.raises(RewardError, match="2 of 2 responses could not be graded"):
+        checked(0.9, late, late)
 
 
 def typed(*items: str) -> tuple[RunConfig, dict[str, str], Path]:
@@ -71,6 +113,14 @@ def test_what_is_typed_comes_on_top(tmp_path):
     assert out == tmp_path / "other.json"
 
 
+def test_the_runs_own_split_may_be_typed_and_prompts_of_ones_own_are_not_split(tmp_path):
+    run = f"run={finished_run(tmp_path)}"
+    config, _, _ = typed(run, "env.test_size=7", "env.data=null", "env.dataset=arithmetic")
+    assert config.env.test_size == 7
+    config, _, _ = typed(run, "env.dataset=gsm8k", "prompts=mine.jsonl")
+    assert config.env.dataset == "gsm8k"
+
+
 def test_a_model_is_evaluated_with_the_settings_of_its_tasks_configuration():
     config, models, out = typed("model=mine", "env.dataset=arithmetic")
     assert (config.env.max_prompt_length, config.inference_model.max_tokens) == (32, 24)
@@ -83,6 +133,13 @@ def test_a_model_is_evaluated_with_the_settings_of_its_tasks_configuration():
     ("items", "message"),
     [
         ([], "give either run=DIRECTORY or model=PATH"),
+        (
+            ["run={done}", "env.test_size=9"],
+            r"env.test_size \(9\) must be the run's own \(7\), .*: max_samples=N asks fewer",
+        ),
+        (["run={done}", "env.validation_size=9"], r"env.validation_size \(9\) must be the run's own"),
+        (["run={done}", "env.data=mine.jsonl"], r"env.data \(mine.jsonl\) must be the run's own \(None\)"),
+        (["run={done}", "env.dataset=countdown"], r"env.dataset \(countdown\) must be the run's own \(arithmetic\)"),
         (["run={tmp}", "model=mine"], "give either run=DIRECTORY or model=PATH"),
         (["run={tmp}/nothing"], r"run \(.*/nothing\): there is no run there: give the directory of one"),
         (["run={tmp}"], r"run \(.*\) has no model/ yet, which is written at its end: go on with resume="),
@@ -99,8 +156,11 @@ def test_a_model_is_evaluated_with_the_settings_of_its_tasks_configuration():
 )
 def test_wrong_arguments_end_in_one_line(items, message, tmp_path):
     write_config(compose("grpo_arithmetic", []), tmp_path)
+    done = tmp_path / "done"
+    done.mkdir()
+    finished_run(done)
     with pytest.raises(ConfigError, match=message) as raised:
-        typed(*(item.format(tmp=tmp_path) for item in items))
+        typed(*(item.format(tmp=tmp_path, done=done) for item in items))
     assert "\n" not in str(raised.value)
 
 

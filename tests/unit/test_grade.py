@@ -9,7 +9,8 @@ import pytest
 from grpo.config import EnvConfig
 from grpo.errors import ConfigError, DataError
 from grpo.grade import grade_file, summary
-from grpo.tasks import names, row_problem
+from grpo.rewards import Grade
+from grpo.tasks import grader, names, row_problem
 from grpo.tool import parse_arguments
 
 ROWS = {
@@ -83,6 +84,61 @@ def test_a_shape_and_a_function_give_the_reward(tmp_path):
         (6, "correct"),
         (6, "wrong"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("in.jsonl", "must not be responses, which it would replace"),
+        ("link.jsonl", "must not be responses"),
+        ("nowhere/out.jsonl", "there is no directory .*/nowhere"),
+        (".", "is there, and no file: give another name"),
+    ],
+)
+def test_an_output_that_cannot_be_is_refused_before_anything_is_opened(name, message, tmp_path):
+    write(tmp_path / "in.jsonl", [{"response": "#### 4", "answer": "4"}])
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "in.jsonl")
+    before = (tmp_path / "in.jsonl").read_text()
+    with pytest.raises(ConfigError, match=rf"^out \(.*\):? ?{message}") as raised:
+        grade_file(EnvConfig(grading_processes=1), tmp_path / "in.jsonl", tmp_path / name)
+    assert "\n" not in str(raised.value)
+    assert (tmp_path / "in.jsonl").read_text() == before
+
+
+def test_an_output_that_was_there_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
+    write(tmp_path / "in.jsonl", [{"response": "#### 4", "answer": "4"}])
+    (tmp_path / "out.jsonl").write_text("old")
+
+    def interrupted(grade: Grade) -> dict:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("grpo.grade.verdict", interrupted)
+        grade_file(EnvConfig(grading_processes=1), tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl").read_text() == "old"
+    grade_file(EnvConfig(grading_processes=1), tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    assert json.loads((tmp_path / "out.jsonl").read_text())["outcome"] == "correct"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+
+
+@pytest.mark.parametrize("dataset", ROWS)
+def test_a_line_of_rollouts_is_a_row_of_its_task(dataset):
+    row, right, wrong = ROWS[dataset]
+    problem = row_problem(dataset, row, "here")
+    line = {"prompt": problem.question, "response": right, "answer": problem.answer}
+    again = row_problem(dataset, json.loads(json.dumps(line)), "there")
+    task = grader(EnvConfig(dataset=dataset))
+    assert [task.grade(again, text).outcome for text in (right, wrong)] == ["correct", "wrong"]
+
+
+@pytest.mark.parametrize("answer", ["Infinity", "NaN", "4.7", '"4.7"', "true", "null", "1e300", "[4]"])
+def test_an_answer_that_is_no_whole_number_is_reported_by_line(answer, tmp_path):
+    write(
+        tmp_path / "in.jsonl", [f'{{"response": "<answer>4</answer>", "answer": {answer}}}', {"response": "", "answer": 4.0}]
+    )
+    grades, problems = grade_file(EnvConfig(dataset="arithmetic", grading_processes=1), tmp_path / "in.jsonl", None)
+    assert len(grades) == 1
+    assert len(problems) == 1 and problems[0].startswith("line 1: answer (") and "must be a whole number" in problems[0]
 
 
 def test_the_command(tmp_path):

@@ -133,3 +133,11 @@ def test_leaving_the_pool_ends_its_processes():
         processes = [psutil.Process(worker.process.pid) for worker in pool.workers]
         assert all(process.is_running() for process in processes)
     assert not any(process.is_running() for process in processes)
+
+
+def test_a_process_that_was_killed_between_two_calls_is_replaced_and_nothing_is_lost(pool):
+    assert {g.outcome for g in grade(pool, ["yes"] * 10)} == {"correct"}
+    for worker in pool.workers:
+        worker.process.kill()
+        worker.process.join()
+    assert [g.outcome for g in grade(pool, ["yes", "no"] * 50)] == ["correct", "wrong"] * 50

@@ -420,6 +420,14 @@ def test_held_out_parts_are_at_most_a_quarter_each(tmp_path):
     assert [len(task.problems(split)) for split in ("train", "validation", "test")] == [10, 5, 5]
 
 
+def test_prompts_that_differ_in_case_and_white_space_are_on_one_side():
+    problems = [Problem(text.format(i), "") for text in ("Write poem {}", "write  poem {}\n") for i in range(40)]
+    splits = split_problems(problems, 10, 10)
+    sides = [{" ".join(p.question.lower().split()) for p in part} for part in splits.values()]
+    assert [len(side) for side in sides] == [20, 10, 10]
+    assert len(set.union(*sides)) == 40
+
+
 def test_fewer_than_four_prompts_cannot_be_split(tmp_path):
     with pytest.raises(DataError, match=r"data.jsonl\) has 3 rows: give 4 different prompts or more"):
         load(env(write(tmp_path / "data.jsonl", [row(i) for i in range(3)])))

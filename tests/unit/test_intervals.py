@@ -4,8 +4,9 @@ from statistics import fmean
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from grpo.intervals import clustered_share, mean_interval, paired_shares, student, wilson
+from grpo.intervals import clustered_share, mean_interval, paired_means, paired_shares, student, wilson
 
 SETS = 2000
 
@@ -25,15 +26,37 @@ def test_wilsons_interval_has_a_width_at_both_ends_and_stays_within_0_and_1():
     assert wilson(1, 10) == pytest.approx((10 / 13.841459, 1), abs=1e-6)
 
 
-@pytest.mark.parametrize(("freedom", "quantile"), [(4, 2.7764), (9, 2.2622), (30, 2.0423), (1000, 1.9623)])
-def test_students_quantile_agrees_with_the_table(freedom, quantile):
-    assert student(freedom) == pytest.approx(quantile, rel=3e-3)
+@pytest.mark.parametrize("freedom", [*range(1, 31), 100, 1000])
+def test_students_quantile_is_that_of_scipy(freedom):
+    assert student(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-5 if freedom <= 10 else 2e-4)
 
 
 def test_the_interval_of_a_mean_is_students():
     # Mean 3, variance 2.5, 5 values: 3 ± 2.7764 sqrt(0.5).
-    assert mean_interval([1, 2, 3, 4, 5]) == pytest.approx((3 - 1.9632, 3 + 1.9632), abs=6e-3)
+    assert mean_interval([1, 2, 3, 4, 5]) == pytest.approx((3 - 1.9632, 3 + 1.9632), abs=1e-4)
     assert mean_interval([2.0]) is None
+    assert mean_interval([1.0] * 5) is None
+
+
+def test_the_interval_of_paired_means_has_a_width_where_nothing_changed_and_stays_within_the_range():
+    # Ten differences of 0 or 1 and two more, -1 and 1: mean 1 / 4, variance (5 - 12 / 16) / 11.
+    low, high = paired_means([0.0] * 10, [1.0] * 3 + [0.0] * 7, 1.0)
+    assert (low, high) == pytest.approx((0.25 - 2.20099 * 0.179435, 0.25 + 2.20099 * 0.179435), abs=1e-3)
+    low, high = paired_means([1.0] * 8, [1.0] * 8, 1.0)
+    assert low == -high == pytest.approx(-2.26216 * (2 / 9 / 10) ** 0.5)
+    assert paired_means([0.0, 0.0], [2.0, 2.0], 2.0)[1] == 2.0
+    assert paired_means([1.0], [0.0], 1.0) is None
+    assert paired_means([1.0] * 8, [1.0] * 8, 0.0) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "n"), [(0.01, 30), (0.01, 100), (0.02, 100), (0.02, 300), (0.05, 30), (0.2, 30), (0.2, 200)]
+)
+def test_rare_changes_are_within_the_interval_in_92_of_100_sets(change, n):
+    rng = np.random.default_rng(4)
+    after = (rng.random((SETS, n)) < change).astype(float)
+    intervals = [paired_means([0.0] * n, row.tolist(), 1.0) for row in after]
+    assert coverage(intervals, change) >= 0.92
 
 
 def test_the_interval_of_a_paired_difference():

@@ -32,7 +32,16 @@ def load(path, lines: list[dict]) -> tasks.Task:
         (r"\boxed{a \\}", r"a \\"),
         (r"\boxed{}", ""),
         (r"\boxed{1} and \boxed{2", None),
-        (r"\boxed 7", None),
+        (r"so $\boxed 7$", "7"),
+        (r"\boxed -12, as was to be shown", "-12"),
+        (r"\boxed 1/2.", "1/2"),
+        (r"\boxed E", "E"),
+        (r"\boxed notation", None),
+        (r"\boxed 2x", None),
+        ("\\boxed\n{5}", "5"),
+        (r"\boxed{5.}", "5"),
+        (r"\boxed{5, }", "5"),
+        (r"\boxed{5\,}", r"5\,"),
         ("18", None),
         ("", None),
         ("\\boxed{" + "1" * 1000 + "}", "1" * 1000),
@@ -70,6 +79,8 @@ def test_long_texts_are_searched_in_linear_time():
         ("2+3i", "3i+2"),
         (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
         (r"6 \text{ cm}", "6"),
+        ("0.3", r"\frac{3}{10}"),
+        ("2.50", "2.5"),
     ],
 )
 def test_equal_answers_are_correct(reference, answer):
@@ -85,6 +96,9 @@ def test_equal_answers_are_correct(reference, answer):
         ("[0,1)", "[0,1]"),
         (r"\text{Evelyn}", r"\text{Bob}"),
         (r"\pi", "3.14"),
+        (r"\pi", "3.14159265"),
+        (r"\frac{1}{3}", "0.3333333"),
+        (r"\sqrt{2}", "1.41421356"),
         (r"\frac{1}{2}", r"\frac{1}{3}"),
         ("x^2+1", "x^2-1"),
         (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}2\\1\end{pmatrix}"),
@@ -134,12 +148,38 @@ def test_rows_with_a_solution_or_an_answer_are_problems(tmp_path):
         ({"solution": r"\boxed{1}"}, r"rows.jsonl:2: needs the text problem, has \['solution'\]"),
         ({"problem": "P"}, r"rows.jsonl:2: needs the text solution, has \['problem'\]"),
         ({"problem": "P", "solution": "1"}, r"rows.jsonl:2: needs a text answer, or a solution with \\boxed"),
+        ({"problem": "P", "answer": "}"}, r"rows.jsonl:2: its answer is not one whole expression: '}'; correct or remove"),
+        ({"problem": "P", "answer": r"\frac{1"}, r"rows.jsonl:2: its answer is not one whole expression"),
+        ({"problem": "P", "answer": "x ="}, r"rows.jsonl:2: its answer is not one whole expression"),
+        ({"problem": "P", "answer": r"\begin{cases} 1"}, r"rows.jsonl:2: its answer is not one whole expression"),
         ({"problem": "P", "answer": "1" * 1001}, r"rows.jsonl:2: needs a text answer, .* of 1 to 1000 characters"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, row, message):
     with pytest.raises(DataError, match=message):
         load(tmp_path / "rows.jsonl", [{"problem": "P", "answer": "1"}, row])
+
+
+def test_rows_of_the_hub_without_an_answer_are_left_out_with_one_warning(monkeypatch, caplog):
+    import datasets
+
+    rows = [{"problem": f"P{i}", "solution": rf"$\boxed {i}$"} for i in range(6)]
+    rows[1] = {"problem": "P1", "solution": "as was to be shown"}
+    rows[2] = {"problem": "P2", "solution": r"\boxed{\begin{cases} 1}"}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, subset, split: [*rows] if split == "train" else rows[5:])
+    task = tasks.load(EnvConfig(dataset="math", validation_size=2))
+    assert [(p.question, p.answer) for p in task.problems("validation")] == [("P4", "4")]
+    assert sorted(p.question for p in task.problems("train")) == ["P0", "P3"]
+    (warning,) = (record.getMessage() for record in caplog.records if "no answer" in record.getMessage())
+    assert "2 rows left out" in warning and "train row 1: needs a text answer" in warning
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, subset, split: rows[1:3])
+    with pytest.raises(DataError, match="train row 0: needs a text answer"):
+        tasks.load(EnvConfig(dataset="math"))
+
+
+def test_a_reference_that_cannot_be_parsed_makes_no_answer_wrong():
+    with pytest.raises(DataError, match=r"answer .*text.* cannot be parsed: correct or remove the row"):
+        Math({}).grade(Problem("", r"\text{}"), r"\boxed{5}")
 
 
 def test_hostile_texts_without_an_answer_to_parse_are_unparseable():

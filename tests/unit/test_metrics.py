@@ -10,7 +10,7 @@ from tensordict import TensorDict
 
 import grpo
 from grpo.config import LoggingConfig, RunConfig, TrainConfig
-from grpo.metrics import METRICS, PHASES, Clock, RunLog, rollout_lines, rollout_metrics
+from grpo.metrics import METRICS, PHASES, Clock, RunLog, metric, rollout_lines, rollout_metrics
 from grpo.rewards import Grade
 from grpo.rollout import GroupRecord
 
@@ -59,6 +59,8 @@ def test_rollout_metrics_give_hand_worked_values():
             "rollout/unparseable": 0.5,
             "rollout/timed_out": 0.0,
             "rollout/grader_error": 0.0,
+            "rollout/term_format": 0.25,
+            "rollout/term_exact": 0.25,
             "rollout/truncated": 0.25,
             "rollout/response_length_mean": 1.75,
             "rollout/response_length_max": 3,
@@ -254,7 +256,7 @@ def test_every_metric_that_is_emitted_is_in_the_table_and_the_other_way_round():
     """The names come from the code that makes them; those of the other modules from their source."""
     rollouts = batch()
     rollouts["kl_penalty"] = torch.zeros(4)
-    emitted = set(rollout_metrics(rollouts, 5))
+    emitted = set(map(metric, rollout_metrics(rollouts, 5)))
     clock = Clock()
     for name in PHASES:
         with clock.phase(name):

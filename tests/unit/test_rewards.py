@@ -41,9 +41,7 @@ def test_a_missing_file_or_function_is_a_config_error_that_names_it(tmp_path):
             load_reward_function(f"{path}:{name}")
 
 
-@pytest.mark.parametrize(
-    "value", [float("nan"), float("inf"), -float("inf"), None, "1", [1.0]], ids=["nan", "inf", "-inf", "None", "str", "list"]
-)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e39, -(10**400), None, "1", [1.0]])
 def test_anything_but_a_finite_number_is_an_error_that_names_function_value_response_and_prompt(value):
     with pytest.raises(RewardError) as raised:
         apply(rewarding(0.0, value))
