@@ -109,8 +109,9 @@ class OfflineRun(Session):
 
     def _evaluate(self) -> None:
         """Between steps; the best so far is kept as a checkpoint."""
-        now, found = self.progress, self.evaluate()["accuracy"]
-        self.log.add({"eval/accuracy": found} | self.clock.take())
+        now, result = self.progress, self.evaluate()
+        found = result["accuracy"]
+        self.log.add({"eval/accuracy": found, "eval/problems": result["n"]} | self.clock.take())
         now.evaluated = True
         if now.best_accuracy is None or found > now.best_accuracy:
             now.best_accuracy, now.best_step = found, now.num_steps
