@@ -112,12 +112,16 @@ class Accuracy(Panel):
                 share = found["accuracy"]
                 low, high = wilson(share, found["n"])
                 errors = [[share - low], [high - share]]
-                axes.errorbar(step, share, errors, fmt="D", color=run.colour, markersize=6, capsize=4, markeredgecolor="white")
+                axes.errorbar(
+                    step, share, errors, fmt="D", color=run.colour, markersize=6, capsize=4, markeredgecolor="white"
+                )
         if len(runs) == 1 and runs[0].summary is not None:
             (ends,) = (run.summary["eval"] for run in runs)
             before, after = ends["before"], ends["after"]
             words = f"◆ before and after (n = {after['n']}): {before['accuracy']:.1%}, {after['accuracy']:.1%}"
-            axes.text(0.98, 0.04, words, transform=axes.transAxes, ha="right", va="bottom", fontsize="small", color="#444444")
+            axes.text(
+                0.98, 0.04, words, transform=axes.transAxes, ha="right", va="bottom", fontsize="small", color="#444444"
+            )
 
 
 class Phases(Panel):
@@ -146,7 +150,12 @@ class Phases(Panel):
 
 
 PANELS = (
-    Panel("Reward of the responses", "mean; band: quartiles", "rollout/reward_mean", ("rollout/reward_q25", "rollout/reward_q75")),
+    Panel(
+        "Reward of the responses",
+        "mean; band: quartiles",
+        "rollout/reward_mean",
+        ("rollout/reward_q25", "rollout/reward_q75"),
+    ),
     Accuracy("Held-out accuracy", "share right, 95% interval", "eval/accuracy"),
     Panel("Accuracy of the sampled responses", "share right", "rollout/accuracy"),
     Panel("KL to the reference", "nats a token (k3)", "train/kl_to_reference"),

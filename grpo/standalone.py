@@ -96,7 +96,7 @@ def started(spec: EngineSpec, start_timeout_s: float, timeout_s: float) -> Itera
 def sample(
     spec: EngineSpec, prompts: list[list[int]], parts: list[Part], start_timeout_s: float, timeout_s: float
 ) -> list[Completions]:
-    """For each part the responses to `prompts` of an engine that is started for them; raises ActorError as `started` does."""
+    """For each part the responses to `prompts`, of an engine that is started for them; ActorError as `started` has it."""
     with started(spec, start_timeout_s, timeout_s) as engine:
         return [engine.sample(prompts, part) for part in parts]
 

@@ -1,4 +1,4 @@
-"""What the tools that are not runs share (python -m grpo.evaluate, grade, generate, plot, view): arguments, input, the run."""
+"""What the tools that are not runs share (grpo.evaluate, grade, generate, plot, view): arguments, input, the run."""
 
 import json
 from collections.abc import Callable, Iterator

@@ -147,9 +147,7 @@ def step_tokens(groups: list[list[dict]], decode: Callable[[list[int]], str]) ->
     def columns(row: dict) -> dict:
         texts = pieces(row["tokens"], decode)
         found = {"words": [words.setdefault(text, len(words)) for text in texts]}
-        return found | {
-            name: row[key] if name == "version" else _rounded(row[key]) for name, key in PER_TOKEN.items()
-        }
+        return found | {name: row[key] if name == "version" else _rounded(row[key]) for name, key in PER_TOKEN.items()}
 
     columned = [[columns(row) for row in rows] for rows in groups]
     return {"words": list(words), "groups": columned}

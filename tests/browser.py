@@ -72,7 +72,14 @@ class Page:
 def browser() -> Iterator[Page]:
     """A page of a Chromium that is ended afterwards; it can reach no network."""
     with TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run", "--disable-dev-shm-usage"]
+        flags = [
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            "--no-first-run",
+            "--disable-dev-shm-usage",
+        ]
         nowhere = ["--proxy-server=127.0.0.1:9", "--disable-background-networking"]
         process = subprocess.Popen(
             [CHROMIUM, *flags, *nowhere, f"--user-data-dir={profile}", "--remote-debugging-port=0", "about:blank"],

@@ -22,7 +22,9 @@ def command(*arguments: str) -> list[str]:
 
 
 def generate(*arguments: str) -> str:
-    ended = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+    ended = subprocess.run(
+        command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL
+    )
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
 
@@ -31,7 +33,15 @@ def greedy_of(run: Finished, tmp_path: Path, question: str) -> str:
     """What grpo.evaluate has as the run's response."""
     mine = tmp_path / "mine.jsonl"
     mine.write_text(json.dumps({"prompt": question}))
-    evaluate = [sys.executable, "-m", "grpo.evaluate", f"run={run.run_dir}", f"prompts={mine}", "k=0", f"out={tmp_path}/c.json"]
+    evaluate = [
+        sys.executable,
+        "-m",
+        "grpo.evaluate",
+        f"run={run.run_dir}",
+        f"prompts={mine}",
+        "k=0",
+        f"out={tmp_path}/c.json",
+    ]
     subprocess.run(evaluate, cwd=ROOT, check=True, capture_output=True, timeout=300)
     return json.loads((tmp_path / "c.json").read_text())["problems"][0]["after"]["response"]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from grpo import generate, tasks, tool
-from grpo.config import EnvConfig, InferenceModelConfig, ModelConfig, RunConfig
+from grpo.config import EnvConfig, InferenceModelConfig, ModelConfig, RunConfig, TrainConfig
 from grpo.errors import ConfigError, DataError
 from grpo.inference import Sampling
 from grpo.models import load_tokenizer
@@ -151,7 +151,12 @@ def test_a_conversation_asks_each_line_by_itself_until_there_is_none(model_path,
 
 
 def test_the_model_is_a_runs_or_a_path_with_the_settings_of_its_task(tmp_path, monkeypatch):
-    own = RunConfig(env=ENV, model=ModelConfig(name="x"), inference_model=InferenceModelConfig(max_tokens=99))
+    own = RunConfig(
+        train=TrainConfig(total_dialog_turns=512),
+        env=ENV,
+        model=ModelConfig(name="x"),
+        inference_model=InferenceModelConfig(max_tokens=99),
+    )
     run = write_run(tmp_path / "day" / "1", own)
     for typed in (str(run), str(run / "model")):
         config, model = generate.configure(typed, {"inference_model.temperature": "0.5"})

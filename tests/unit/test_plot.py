@@ -25,7 +25,9 @@ SUMMARY = {
 }
 
 
-def write_run(run_dir: Path, num_steps: int = 4, ended: bool = True, lr: float = 1e-4, seed: int = 0, reference: bool = True) -> Path:
+def write_run(
+    run_dir: Path, num_steps: int = 4, ended: bool = True, lr: float = 1e-4, seed: int = 0, reference: bool = True
+) -> Path:
     run_dir.mkdir(parents=True)
     config = RunConfig(
         seed=seed,
@@ -136,7 +138,9 @@ def test_the_command_takes_the_newest_run_and_refuses_what_it_cannot_draw(tmp_pa
 def test_every_metric_that_is_drawn_is_in_the_table():
     from grpo.metrics import METRICS
 
-    assert {panel.metric for panel in plot.PANELS} | {name for panel in plot.PANELS for name in panel.band or ()} <= METRICS.keys()
+    assert {panel.metric for panel in plot.PANELS} | {
+        name for panel in plot.PANELS for name in panel.band or ()
+    } <= METRICS.keys()
 
 
 def test_the_notebook_collects_the_runs_into_a_table_and_draws_them(tmp_path, monkeypatch):
