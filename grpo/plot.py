@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from grpo.config import known_keys
 from grpo.errors import ConfigError, DataError, UserError, one_line
@@ -32,9 +33,11 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 STYLES = ("-", "--", ":", "-.")  # once the colours are used up
 PHASE_COLOURS = dict(zip(PHASES, (*COLOURS, "#999999"), strict=True))
 LABEL_KEYS = 3  # that a run's label names, at most
+LEGEND_WIDTH = 120  # characters
 SMOOTH_FROM = 50  # steps, from which on a moving average is drawn too
 SAME = ("logging", "ray", "resume", "resume_force", "dry_run")  # what makes no other run of it
 
+MUTED = "#555555"
 GRID = {"alpha": 0.25, "linewidth": 0.8}
 
 
@@ -57,32 +60,28 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Panel:
-    """A picture of one metric over steps; `band` names two more between which it is filled."""
+    """A picture of one metric over steps."""
 
     title: str
     unit: str
     metric: str
-    band: tuple[str, str] | None = None
-    from_zero: bool = False
+    least: tuple[float, float] | None = None  # what the axis shows at least: what happens within it is noise
 
     def has(self, run: Drawn) -> bool:
         return any(self.metric in row for row in run.rows)
 
     def draw(self, axes: Axes, runs: Sequence[Drawn]) -> None:
         for run in runs:
-            steps, values = run.points(self.metric)
-            if not steps:
-                continue
-            if self.band is not None and len(runs) == 1:
-                low, high = (run.points(name)[1] for name in self.band)
-                axes.fill_between(steps, low, high, color=run.colour, alpha=0.12, linewidth=0)
-            self._line(axes, run, steps, values)
-        if self.from_zero:
-            axes.set_ylim(bottom=0)
+            self._line(axes, run, *run.points(self.metric))
+        if self.least is not None:
+            axes.update_datalim([(0, end) for end in self.least], updatex=False)
+            axes.autoscale_view(scalex=False)
+            if self.least[0] == 0:
+                axes.set_ylim(bottom=0)
 
     def _line(self, axes: Axes, run: Drawn, steps: list[int], values: list[float]) -> None:
         window = max(1, len(steps) // 25)
-        style = {"color": run.colour, "linestyle": run.style}
+        style = {"color": run.colour, "linestyle": run.style, "clip_on": False}
         if len(steps) < SMOOTH_FROM:
             axes.plot(steps, values, linewidth=1.6, **style)
             return
@@ -115,62 +114,58 @@ class Accuracy(Panel):
                 axes.errorbar(
                     step, share, errors, fmt="D", color=run.colour, markersize=6, capsize=4, markeredgecolor="white"
                 )
+        axes.set_ylim(*SHARE)
         if len(runs) == 1 and runs[0].summary is not None:
-            (ends,) = (run.summary["eval"] for run in runs)
-            before, after = ends["before"], ends["after"]
+            before, after = (runs[0].summary["eval"][name] for name in ("before", "after"))
             words = f"◆ before and after (n = {after['n']}): {before['accuracy']:.1%}, {after['accuracy']:.1%}"
-            axes.text(
-                0.98, 0.04, words, transform=axes.transAxes, ha="right", va="bottom", fontsize="small", color="#444444"
-            )
+            axes.text(0.98, 0.04, words, transform=axes.transAxes, ha="right", va="bottom", fontsize="small", color=MUTED)
 
 
 class Phases(Panel):
-    """Seconds a step by phase, a bar a run; phases that run beside one another are counted each."""
+    """Seconds a step by phase, a bar a run, in their order from above; phases beside one another are counted each."""
 
     def has(self, run: Drawn) -> bool:
         return any(f"time/{phase}_s" in row for row in run.rows for phase in PHASES)
 
     def draw(self, axes: Axes, runs: Sequence[Drawn]) -> None:
-        for i, run in enumerate(runs):
+        size = len(runs)
+        for y, run in zip(range(size - 1, -1, -1), runs, strict=True):
             left = 0.0
             for phase in PHASES:
                 seconds = sum(run.points(f"time/{phase}_s")[1]) / max(1, len(run.rows))
-                axes.barh(i, seconds, left=left, height=0.6, color=PHASE_COLOURS[phase], edgecolor="white", linewidth=0.5)
+                axes.barh(y, seconds, left=left, height=0.6, color=PHASE_COLOURS[phase], edgecolor="white", linewidth=0.5)
                 left += seconds
-            axes.text(left, i, f" {left:.2g}", va="center", fontsize="small", color="#444444")
+            axes.text(left, y, f" {left:.3g} s", va="center", fontsize="small", color=MUTED)
+            if size > 1:
+                axes.plot([0, 0], [y - 0.3, y + 0.3], color=run.colour, linestyle=run.style, linewidth=5, clip_on=False)
         used = [phase for phase in PHASES if any(any(run.points(f"time/{phase}_s")[1]) for run in runs)]
         handles = [axes.barh(0, 0, color=PHASE_COLOURS[phase]) for phase in used]
-        axes.legend(handles, used, fontsize="small", frameon=False, ncols=2, loc="upper right")
-        axes.set_yticks(range(len(runs)), [""] * len(runs))
-        for i, run in enumerate(runs if len(runs) > 1 else ()):
-            axes.text(0, i + 0.36, run.label, fontsize="x-small", va="bottom", color=run.colour)
-        axes.set_ylim(-0.6, len(runs) + 0.9)
-        axes.margins(x=0.12)
-        axes.set_xlabel("seconds an optimiser step", fontsize="small")
+        axes.legend(
+            handles, used, fontsize="small", frameon=False, ncols=4, loc="upper left", columnspacing=1, handlelength=1
+        )
+        axes.set_yticks([])
+        axes.set_ylim(-0.6, (size + 0.2) / 0.7)  # what is left above is the legend's
+        axes.margins(x=0.14)
 
 
+SHARE = (0.0, 1.0)
 PANELS = (
-    Panel(
-        "Reward of the responses",
-        "mean; band: quartiles",
-        "rollout/reward_mean",
-        ("rollout/reward_q25", "rollout/reward_q75"),
-    ),
-    Accuracy("Held-out accuracy", "share right, 95% interval", "eval/accuracy"),
-    Panel("Accuracy of the sampled responses", "share right", "rollout/accuracy"),
-    Panel("KL to the reference", "nats a token (k3)", "train/kl_to_reference"),
-    Panel("KL to the inference policy", "nats a token (k1)", "train/kl_to_inference"),
-    Panel("Entropy", "nats a token", "train/entropy", from_zero=True),
-    Panel("Response length", "mean tokens", "rollout/response_length_mean", from_zero=True),
-    Panel("Unparseable responses", "share", "rollout/unparseable", from_zero=True),
-    Panel("Staleness, largest of a batch", "policy versions", "buffer/staleness_max", from_zero=True),
+    Panel("Reward of the responses", "mean", "rollout/reward_mean"),
+    Accuracy("Held-out accuracy", "share right, 95% interval", "eval/accuracy", SHARE),
+    Panel("Accuracy of sampled responses", "share right", "rollout/accuracy", SHARE),
+    Panel("KL to the reference", "nats a token (k3)", "train/kl_to_reference", (0.0, 1e-4)),
+    Panel("KL to the inference policy", "nats a token (k1)", "train/kl_to_inference", (-1e-4, 1e-4)),
+    Panel("Entropy", "nats a token", "train/entropy", (0.0, 0.0)),
+    Panel("Response length", "mean tokens", "rollout/response_length_mean", (0.0, 1.0)),
+    Panel("Unparseable responses", "share", "rollout/unparseable", (0.0, 0.01)),
+    Panel("Staleness", "policy versions, largest of a batch", "buffer/staleness_max", (0.0, 1.0)),
     Panel("Loss: KL(policy || target)", "nats a group", "train/loss"),
-    Panel("Ranking accuracy of the batch", "share of groups", "train/ranking_accuracy"),
-    Panel("Entropy over a group's completions", "nats", "train/group_entropy", from_zero=True),
+    Panel("Ranking accuracy of the batch", "share of groups", "train/ranking_accuracy", SHARE),
+    Panel("Entropy over completions", "nats a group", "train/group_entropy", (0.0, 0.0)),
     Panel("Log-prob of the completions", "nats a token", "train/completion_log_prob"),
-    Panel("Gradient norm", "before clipping", "train/grad_norm", from_zero=True),
-    Panel("Throughput", "responses a second", "time/samples_per_s", from_zero=True),
-    Phases("Seconds a phase", "", "time/train_s"),
+    Panel("Gradient norm", "before clipping", "train/grad_norm", (0.0, 0.0)),
+    Panel("Throughput", "responses a second", "time/samples_per_s", (0.0, 0.0)),
+    Phases("Phases", "seconds an optimiser step", "time/train_s"),
 )
 ONLINE_LOSS = "train/loss"  # of an online run it is near 0 by construction and says nothing
 
@@ -196,7 +191,9 @@ def labels(run_dirs: Sequence[Path], configs: Sequence[Config]) -> list[str]:
     differing = [key for key in keys if len({repr(key_value(config, key)) for config in configs}) > 1]
     if not differing:
         return names
-    found = [", ".join(f"{key}={key_value(config, key)}" for key in differing[:LABEL_KEYS]) for config in configs]
+    short = [key.rpartition(".")[2] for key in differing]
+    shown = [(name if short.count(name) == 1 else key, key) for name, key in zip(short, differing, strict=True)][:LABEL_KEYS]
+    found = [", ".join(f"{name}={key_value(config, key)}" for name, key in shown) for config in configs]
     return found if len(set(found)) == len(found) else [f"{a} ({b})" for a, b in zip(names, found, strict=True)]
 
 
@@ -221,26 +218,30 @@ def draw(figure: Figure, runs: Sequence[Drawn]) -> None:
     panels = [panel for panel in panels if offline or panel.metric != ONLINE_LOSS]
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure.set_size_inches(4.6 * columns, 2.9 * rows + 0.8)
+    figure.set_size_inches(4.6 * columns, 2.6 * rows + 0.6)
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes, panel in zip(grid, panels, strict=False):
+    for i, (axes, panel) in enumerate(zip(grid, panels, strict=False)):
         axes.set_title(panel.title, loc="left", fontsize="medium", fontweight="bold")
-        axes.set_ylabel(panel.unit, fontsize="small", color="#444444")
+        axes.set_title(panel.unit, loc="right", fontsize="small", color=MUTED)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize="small")
         axes.grid(axis="x" if isinstance(panel, Phases) else "y", **GRID)
         axes.set_axisbelow(True)
-        if not isinstance(panel, Phases):
-            axes.set_xlabel("optimiser step", fontsize="small")
+        axes.margins(x=0.02)
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        if i + columns >= len(panels) and not isinstance(panel, Phases):
+            axes.set_xlabel("optimiser step", fontsize="small", color=MUTED)
         panel.draw(axes, runs)
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
     if len(runs) == 1:
         config = runs[0].config
-        figure.suptitle(f"{runs[0].label} · {config.model.name} · {config.mode}", x=0.01, ha="left", fontsize="large")
+        figure.suptitle(f"{runs[0].label} · {config.model.name} · {config.mode}", x=0.012, ha="left", fontsize="large")
     else:
         lines = [grid[0].plot([], [], color=run.colour, linestyle=run.style, linewidth=2.5)[0] for run in runs]
-        figure.legend(lines, [run.label for run in runs], loc="outside upper left", frameon=False, ncols=min(3, len(runs)))
+        across = max(1, LEGEND_WIDTH // max(len(run.label) for run in runs))
+        figure.legend(lines, [run.label for run in runs], loc="outside upper left", frameon=False, ncols=across)
 
 
 def plot(run_dirs: Sequence[Path], out: Path) -> None:

@@ -4,7 +4,7 @@
 
 run        the newest run under outputs/ by default; one that still goes on will do
 out        rollouts.html in the run's directory by default
-rollouts   responses in the page, at most: of a longer run groups evenly spaced are taken, always whole
+rollouts   responses in the page, about: of a longer run groups evenly spaced are taken, always whole
 
 With logging.rollout_tokens=true the run kept what belongs to its tokens, and the page colours them. What the page does
 with its data is grpo/viewer/script.js. Texts and tokens lie in it as a chunk a step, gzip in base64, unpacked when they
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 ROLLOUTS = 10_000
 VIEWER = Path(__file__).parent / "viewer"
 DIGITS = 5  # of log-probs in the page, in nats
-PERCENTILE = 0.99  # of |log-prob difference|, where its scale ends
+PERCENTILE = 0.99  # of |log-prob difference|, where its scale ends,
+LEAST_SCALE = 0.01  # nats, but not before: what is smaller is arithmetic
 SHOWN = ("response", "reward", "terms", "outcome", "note", "parsed", "advantage", "policy_version")
 PER_TOKEN = {"then": "inference_log_probs", "now": "log_probs", "version": "token_versions"}
 
@@ -91,11 +92,9 @@ def scan(path: Path) -> tuple[dict[int, Step], list[Group]]:
 
 
 def evenly(groups: list[Group], limit: int) -> list[Group]:
-    """Every n-th group, with the smallest n that leaves at most `limit` rollouts."""
-    stride = 1
-    while sum(group.size for group in groups[::stride]) > limit and stride < len(groups):
-        stride += 1
-    return groups[::stride]
+    """All the groups, or as many evenly spaced ones as have about `limit` rollouts together, and at least one."""
+    size = min(len(groups), max(1, len(groups) * limit // sum(group.size for group in groups)))
+    return [groups[i * len(groups) // size] for i in range(size)]
 
 
 def pieces(ids: list[int], decode: Callable[[list[int]], str]) -> list[str]:
@@ -154,7 +153,7 @@ def step_tokens(groups: list[list[dict]], decode: Callable[[list[int]], str]) ->
 
 
 def page(run_dir: Path, limit: int = ROLLOUTS) -> str:
-    """The HTML of a run's rollouts, at most `limit` of them."""
+    """The HTML of a run's rollouts, about `limit` of them at most."""
     config = read_config(run_dir)
     assert isinstance(config, RunConfig), "only online runs have rollouts"
     path = run_dir / "rollouts.jsonl"
@@ -203,10 +202,10 @@ def _tokenizer(run_dir: Path, config: RunConfig) -> "PreTrainedTokenizerBase":
 
 
 def _difference_scale(rows: list[dict]) -> float:
-    """Nats that PERCENTILE of the tokens' log-probs differ by, at most, between training and sampling."""
+    """Nats that PERCENTILE of the tokens' log-probs differ by, at most, between training and sampling, or LEAST_SCALE."""
     pairs = ((now, then) for row in rows for now, then in zip(row["log_probs"], row["inference_log_probs"], strict=True))
     found = sorted(abs(now - then) for now, then in pairs if math.isfinite(now - then))
-    return max(found[int(PERCENTILE * (len(found) - 1))], 1e-6) if found else 1.0
+    return max(LEAST_SCALE, found[int(PERCENTILE * (len(found) - 1))]) if found else LEAST_SCALE
 
 
 def _fill(title: str, meta: dict, chunks: dict[str, Any]) -> str:

@@ -93,13 +93,13 @@ const COLOURS = {
     label: "log-prob difference",
     needs: PER_TOKEN,
     shade: (_, tokens, i) => (difference(tokens, i) === null ? null : signed(difference(tokens, i) / meta.difference_scale)),
-    legend: () => ["two", `−${small(meta.difference_scale)}`, `+${small(meta.difference_scale)}`, "nats: log-prob when trained on, less that when sampled; the scale ends at this run's 99th percentile"],
+    legend: () => ["two", number(-meta.difference_scale), `+${number(meta.difference_scale)}`, "nats: log-prob when trained on, less that when sampled; the scale ends at this run's 99th percentile"],
   },
   log_prob: {
     label: "log-prob when sampled",
     needs: PER_TOKEN,
     shade: (_, tokens, i) => (tokens.then[i] === null ? null : ["amount", Math.min(1, -tokens.then[i] / 4)]),
-    legend: () => ["one", "0", "−4", "nats: the darker, the less likely the token was"],
+    legend: () => ["one", "0", "−4", "nats: the stronger the colour, the less likely the token was"],
   },
   version: {
     label: "policy_version",
@@ -113,7 +113,6 @@ const COLOURS = {
   },
 };
 
-const small = (value) => (value >= 0.01 ? number(value) : value.toExponential(0));
 const available = (name) => COLOURS[name].needs < PER_TOKEN || meta.tokens;
 
 function drawLegend() {
@@ -125,7 +124,7 @@ function drawLegend() {
     legend.append(make("span", "", low), make("span", `bar ${kind}`), make("span", "", high), make("span", "", words));
   }
   if (!meta.tokens)
-    legend.append(make("span", "note", "This run kept no tokens: with logging.rollout_tokens=true they are coloured one by one, also by ratio and log-prob."));
+    legend.append(make("span", "note", "This run did not keep its rollouts' tokens: with logging.rollout_tokens=true they are coloured one by one, also by ratio and log-prob."));
 }
 
 /** A response's text as elements, coloured as `state` says; `tokens` is null where the page has none. */
@@ -203,7 +202,7 @@ function groupElement(group, matching, tokens) {
   numbers.append(...figures([
     ["correct", `${right} of ${rewards.length}`],
     ["mean reward", number(mean)],
-    ["spread", number(spread)],
+    ["std", number(spread)],
   ]));
   head.append(words, numbers);
 
@@ -264,6 +263,10 @@ async function refresh() {
     const matching = new Set(group.responses.flatMap((response, i) => (matches(group, response, words) ? [i] : [])));
     if (matching.size) shown.push([group, matching]);
     responses += matching.size;
+  }
+  for (const chip of at("outcomes").children) {
+    const graded = groups.flatMap((group) => group.responses).filter((response) => response.outcome === chip.value);
+    chip.querySelector(".number").textContent = count(graded.length);
   }
   next = 0;
   highlight?.clear();
@@ -391,13 +394,7 @@ function sync() {
   at("highest").value = state.highest ?? "";
   at("everywhere").checked = state.everywhere;
   at("colour").value = state.colour;
-  const totals = {};
-  for (const part of state.everywhere ? meta.steps : [step])
-    for (const [outcome, n] of Object.entries(part.outcomes)) totals[outcome] = (totals[outcome] ?? 0) + n;
-  for (const chip of at("outcomes").children) {
-    chip.setAttribute("aria-pressed", state.outcomes.has(chip.value));
-    chip.querySelector(".number").textContent = count(totals[chip.value] ?? 0);
-  }
+  for (const chip of at("outcomes").children) chip.setAttribute("aria-pressed", state.outcomes.has(chip.value));
   drawLegend();
 }
 
@@ -504,10 +501,10 @@ function begin() {
   at("facts").textContent = meta.facts.join(" · ");
   for (const [outcome, [sign, word]] of Object.entries(OUTCOMES)) {
     if (!meta.steps.some((step) => step.outcomes[outcome])) continue;
-    const chip = make("button", outcome, `${sign} ${word}`);
+    const chip = make("button", outcome);
     chip.type = "button";
     chip.value = outcome;
-    chip.append(make("span", "number"));
+    chip.append(make("span", "sign", sign), word, make("span", "number"));
     chip.addEventListener("click", () => {
       if (!state.outcomes.delete(outcome)) state.outcomes.add(outcome);
       change({});
@@ -520,6 +517,9 @@ function begin() {
     option.disabled = !available(name);
     at("colour").append(option);
   }
+  const wide = matchMedia("(min-width: 641px)");
+  at("filters").open = wide.matches;
+  wide.addEventListener("change", () => (at("filters").open = wide.matches));
   drawTimeline();
   readAddress();
   sync();

@@ -25,8 +25,11 @@ SUMMARY = {
 }
 
 
+REFERENCE = {"train/kl_to_reference": 0.01}
+
+
 def write_run(
-    run_dir: Path, num_steps: int = 4, ended: bool = True, lr: float = 1e-4, seed: int = 0, reference: bool = True
+    run_dir: Path, num_steps: int = 4, ended: bool = True, lr: float = 1e-4, seed: int = 0, more: dict = REFERENCE
 ) -> Path:
     run_dir.mkdir(parents=True)
     config = RunConfig(
@@ -38,9 +41,9 @@ def write_run(
     write_config(config, run_dir)
     rows = []
     for step in range(1, num_steps + 1):
-        row = {"step": step, "rollout/reward_mean": step / 10, "rollout/reward_q25": 0.0, "rollout/reward_q75": 1.0}
+        row = {"step": step, "rollout/reward_mean": step / 10}
         row |= {"train/loss": 1e-6, "time/train_s": 2.0, "time/generate_s": 1.0, "time/push_s": 0.0}
-        row |= {"train/kl_to_reference": 0.01} if reference else {}
+        row |= more
         row |= {"eval/accuracy": 0.5, "eval/problems": 50} if step % 2 == 0 else {}
         rows.append(row)
     (run_dir / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
@@ -51,17 +54,17 @@ def write_run(
 
 def drawn(*runs: Path) -> dict[str, matplotlib.axes.Axes]:
     """The pictures that there are, by their titles."""
-    figure = Figure()
+    figure = Figure(layout="constrained")
     plot.draw(figure, plot.read(runs))
     return {axes.get_title(loc="left"): axes for axes in figure.axes if axes.get_visible()}
 
 
 def test_a_picture_is_drawn_of_each_metric_that_a_run_has(tmp_path):
     pictures = drawn(write_run(tmp_path / "run"))
-    assert list(pictures) == ["Reward of the responses", "Held-out accuracy", "KL to the reference", "Seconds a phase"]
+    assert list(pictures) == ["Reward of the responses", "Held-out accuracy", "KL to the reference", "Phases"]
     (line,) = pictures["Reward of the responses"].lines
     assert line.get_xydata().tolist() == [[1, 0.1], [2, 0.2], [3, pytest.approx(0.3)], [4, 0.4]]
-    assert "KL to the reference" not in drawn(write_run(tmp_path / "other", reference=False))
+    assert "KL to the reference" not in drawn(write_run(tmp_path / "other", more={}))
 
 
 def test_held_out_accuracy_has_its_interval_while_training_and_before_and_after(tmp_path):
@@ -75,7 +78,7 @@ def test_held_out_accuracy_has_its_interval_while_training_and_before_and_after(
 
 
 def test_phases_are_seconds_a_step(tmp_path):
-    axes = drawn(write_run(tmp_path / "run"))["Seconds a phase"]
+    axes = drawn(write_run(tmp_path / "run"))["Phases"]
     assert [bar.get_width() for bar in axes.patches if bar.get_width()] == [1.0, 2.0]
     assert [text.get_text() for text in axes.get_legend().texts] == ["generate", "train"]
 
@@ -83,12 +86,24 @@ def test_phases_are_seconds_a_step(tmp_path):
 def test_runs_are_laid_over_one_another_and_told_apart_by_what_differs(tmp_path):
     first, second = write_run(tmp_path / "a" / "1"), write_run(tmp_path / "a" / "2", lr=1e-3, seed=1, ended=False)
     runs = plot.read([first, second])
-    assert [run.label for run in runs] == ["seed=0, optimizer.lr=0.0001", "seed=1, optimizer.lr=0.001"]
+    assert [run.label for run in runs] == ["seed=0, lr=0.0001", "seed=1, lr=0.001"]
     assert [len(axes.lines) for title, axes in drawn(first, second).items() if title.startswith("KL")] == [2]
     same = write_run(tmp_path / "a" / "3")
     assert [run.label for run in plot.read([first, same])] == ["a/1", "a/3"]
     labels = [run.label for run in plot.read([first, second, same])]
-    assert labels[0] == "a/1 (seed=0, optimizer.lr=0.0001)" and len(set(labels)) == 3
+    assert labels[0] == "a/1 (seed=0, lr=0.0001)" and len(set(labels)) == 3
+
+
+def test_what_is_noise_looks_like_it(tmp_path):
+    """KL to the reference is 0.01 and shows, an axis from 0 on; no staleness is a line on the ground."""
+    pictures = drawn(
+        write_run(tmp_path / "run", more=REFERENCE | {"train/kl_to_inference": 1e-8, "buffer/staleness_max": 0.0})
+    )
+    low, high = pictures["KL to the inference policy"].get_ylim()
+    assert low <= -1e-4 and high >= 1e-4
+    assert pictures["Staleness"].get_ylim()[0] == 0 and pictures["Staleness"].get_ylim()[1] >= 1
+    low, high = pictures["KL to the reference"].get_ylim()
+    assert low == 0 and 0.01 < high < 0.02
 
 
 def test_a_long_run_has_a_moving_average(tmp_path):
@@ -138,9 +153,7 @@ def test_the_command_takes_the_newest_run_and_refuses_what_it_cannot_draw(tmp_pa
 def test_every_metric_that_is_drawn_is_in_the_table():
     from grpo.metrics import METRICS
 
-    assert {panel.metric for panel in plot.PANELS} | {
-        name for panel in plot.PANELS for name in panel.band or ()
-    } <= METRICS.keys()
+    assert {panel.metric for panel in plot.PANELS} <= METRICS.keys()
 
 
 def test_the_notebook_collects_the_runs_into_a_table_and_draws_them(tmp_path, monkeypatch):
