@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from grpo.config import RunConfig
 from grpo.errors import ConfigError, DataError, UserError, one_line
 from grpo.resume import read_config, write_whole
+from grpo.rewards import OUTCOMES
 from grpo.tool import find_run, split_arguments, whole_number
 
 if TYPE_CHECKING:
@@ -76,7 +77,9 @@ def scan(path: Path) -> tuple[dict[int, Step], list[Group]]:
                 break
             try:
                 row = json.loads(line)
-                step, group_id = row["step"], row["group_id"]
+                step, group_id = int(row["step"]), int(row["group_id"])
+                if row["outcome"] not in OUTCOMES:
+                    raise ValueError(f"there is no outcome {row['outcome']}")
                 steps[step].outcomes[row["outcome"]] += 1
                 steps[step].rewards += row["reward"]
             except (ValueError, KeyError, TypeError) as error:

@@ -138,6 +138,9 @@ def test_a_line_that_is_just_being_written_is_left_out_and_a_broken_one_is_named
     assert meta_of(view.page(run))["all_rollouts"] == 12
     with open(run / "rollouts.jsonl", "a") as file:
         file.write("\n")
+    other = write_run(tmp_path / "other", [line(1, 1, 1, "x", "fine", 0.2, None)])
+    with pytest.raises(DataError, match=r"rollouts.jsonl:1 is no line of a run's rollouts: there is no outcome fine"):
+        view.page(other)
     with pytest.raises(DataError, match=r"rollouts.jsonl:13 is no line of a run's rollouts: Invalid control character"):
         view.page(run)
 
@@ -299,6 +302,33 @@ def test_tokens_are_coloured_by_what_is_chosen(tmp_path, model_path, chromium):
     chromium.evaluate("document.querySelectorAll('.token')[1].click()")
     assert texts(chromium, "#tip code") == ['"+"']
     assert texts(chromium, "#tip dd") == ["−0.5000", "−0.9000", "−0.40000", "0.6703", "+1.000", "1"]
+
+
+@needs_chromium
+def test_a_long_response_is_cut_until_it_is_asked_for(tmp_path, chromium):
+    lines = [line(1, 1, i, "a line\n" * length, "wrong", 0.2, None) for i, length in enumerate((100, 3))]
+    open_run(chromium, write_run(tmp_path / "run", lines))
+    heights = "[...document.querySelectorAll('.text')].map((e) => e.clientHeight >= e.scrollHeight)"
+    assert chromium.evaluate(heights) == [False, True]
+    assert texts(chromium, ".more") == ["Show all of it"]
+    chromium.evaluate("document.querySelector('.more').click()")
+    assert chromium.evaluate(heights) == [True, True]
+    assert texts(chromium, ".more") == []
+
+
+@needs_chromium
+def test_the_scheme_follows_the_system_until_one_is_chosen(tmp_path, chromium):
+    ground = "getComputedStyle(document.body).backgroundColor"
+    open_run(chromium, small_run(tmp_path / "run"))
+    light = chromium.evaluate(ground)
+    chromium.resize(1440, 900, dark=True)
+    dark = chromium.evaluate(ground)
+    assert light != dark
+    chromium.press("t")
+    assert (chromium.evaluate(ground), texts(chromium, "#theme")) == (light, ["Theme: light"])
+    chromium.press("t")
+    assert (chromium.evaluate(ground), texts(chromium, "#theme")) == (dark, ["Theme: dark"])
+    chromium.resize(1440, 900)
 
 
 @needs_chromium
