@@ -24,7 +24,6 @@ from grpo.errors import ActorError, UserError
 from grpo.inference import EngineSpec, Request, Sampling, engine_environment, make_engine
 from grpo.rollout import Completions
 
-
 END_S = 5.0  # in which a process that has no more to do ends by itself
 
 
