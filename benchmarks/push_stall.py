@@ -2,21 +2,20 @@
 
     python -m benchmarks.push_stall      # writes benchmarks/results/push_stall.json
 
-Asynchronous runs of grpo_arithmetic with a push every 1, 4 and 16 optimiser steps. The engine's process notes when each of
-its steps and each update begins and ends. A stall is the time from the end of the last step before an update to the end of
-the first step after it, which computes the keys and values of everything in flight anew, less the median step: how much
-later the next tokens come. Pushes that found nothing in flight are left out and counted.
+Asynchronous runs of grpo_arithmetic with a push every 1, 4 and 16 optimiser steps, looked at in the engine's process. A stall
+is the time from the end of the last step before an update to the beginning of the first step after it. The keys and values of
+everything in flight belong to the old weights and are then computed anew: `delay_s` says how much later, in all, a response
+has its next token, from the end of the last step before until each that was in flight has one, less the median step. Pushes
+that found nothing in flight have neither.
 """
 
 import argparse
-import itertools
 import json
 import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
 
 import ray
 
@@ -26,52 +25,48 @@ from benchmarks.subjects import configuration
 STEPS = {1: 48, 4: 96, 16: 160}  # optimiser steps by train.weight_update_frequency
 
 
-class Event(NamedTuple):
-    """A step or an update of the engine, in seconds of its process's clock."""
-
-    what: str
-    start: float
-    end: float
-    in_flight: bool  # whether it had anything to sample when it began
-
-
-def note_events(actor) -> None:
-    """Have an inference actor keep `events`, and the seconds of an update's parts."""
+def watch(actor) -> None:
+    """Have an inference actor keep `seen`: seconds of its engine's steps, of stalls and delays, and of the parts of updates."""
     engine = actor.engine
-    actor.events, actor.parts = [], defaultdict(list)
+    scheduler = engine.engine.engine_core.engine_core.scheduler
+    seen = actor.seen = defaultdict(list)
     step, update, workers, adopt = engine.step, engine.update_weights, engine._workers, engine._adopt
+    tokens: dict[str, int] = {}  # of the responses that stand still
+    last_s = 0.0  # when the last step before they did ended
 
-    def noted(what: str, work):
-        def working(*arguments):
-            in_flight, start = engine.has_work(), time.perf_counter()
-            answer = work(*arguments)
-            actor.events.append((what, start, time.perf_counter(), in_flight))
-            return answer
+    def stepping():
+        nonlocal tokens, last_s
+        start = time.perf_counter()
+        if tokens and len(seen["stall"]) == len(seen["delay"]):
+            seen["stall"].append(start - last_s)
+        answer = step()
+        now = time.perf_counter()
+        seen["step"].append(now - start)
+        if tokens:
+            going = scheduler.requests
+            tokens = {i: n for i, n in tokens.items() if i in going and going[i].num_output_tokens == n}
+            if tokens:
+                return answer
+            seen["delay"].append(now - last_s)
+        last_s = now
+        return answer
 
-        return working
+    def updating(version):
+        nonlocal tokens
+        tokens = {request.request_id: request.num_output_tokens for request in scheduler.running}
+        return timed(update, "update")(version)
 
-    def timed(work, name: str = ""):
+    def timed(work, name: str | None = None):
         def working(*arguments, **keywords):
             start = time.perf_counter()
             answer = work(*arguments, **keywords)
-            actor.parts[name or arguments[0]].append(time.perf_counter() - start)
+            seen[name or arguments[0]].append(time.perf_counter() - start)
             return answer
 
         return working
 
-    engine.step, engine.update_weights = noted("step", step), noted("update", update)
+    engine.step, engine.update_weights = stepping, updating
     engine._workers, engine._adopt = timed(workers), timed(adopt, "adopt")
-
-
-def stalls(events: list[Event]) -> tuple[list[float], float]:
-    """The stall of each update that found requests in flight, and the median step, in seconds."""
-    usual = median(event.end - event.start for event in events if event.what == "step")
-    found = [
-        after.end - before.end - usual
-        for before, update, after in zip(events, events[1:], events[2:], strict=False)
-        if (before.what, update.what, after.what) == ("step", "update", "step") and update.in_flight
-    ]
-    return found, usual
 
 
 def measure(frequency: int, steps: int, overrides: list[str]) -> tuple[dict, object]:
@@ -84,19 +79,20 @@ def measure(frequency: int, steps: int, overrides: list[str]) -> tuple[dict, obj
         with build(config, Path(folder)) as run:
             run.begin()
             engine = run.engines.actors[0]
-            ray.get(engine.__ray_call__.remote(note_events))
+            ray.get(engine.__ray_call__.remote(watch))
             grpo_async.train(run)
-            noted, parts = ray.get(engine.__ray_call__.remote(lambda actor: (actor.events, dict(actor.parts))))
+            seen = ray.get(engine.__ray_call__.remote(lambda actor: dict(actor.seen)))
             run.finish()
         summary = json.loads((Path(folder) / "summary.json").read_text())
-    events = list(itertools.starmap(Event, noted))
-    found, usual = stalls(events)
+    usual, stalls = median(seen["step"]), seen["stall"]
+    delays = [seconds - usual for seconds in seen["delay"]]
+    parts = {name: seconds for name, seconds in seen.items() if name not in ("step", "stall", "delay", "reseed")}
     return {
-        "pushes": sum(event.what == "update" for event in events),
-        "pushes_with_requests_in_flight": len(found),
-        "stall_s": spread(found) | {"max": round(max(found), 6)},
+        "pushes": len(seen["update"]),
+        "stall_s": spread(stalls) | {"max": round(max(stalls), 6)},
+        "delay_s": spread(delays) | {"max": round(max(delays), 6)},
         "engine_step_s": round(usual, 6),
-        "parts_s": {name: round(median(seconds), 6) for name, seconds in parts.items() if name != "reseed"},
+        "parts_s": {name: round(median(seconds), 6) for name, seconds in parts.items()},
         "share_of_time_in_pushes": summary["account"]["pushing"],
         "samples_per_s": summary["samples_per_s"],
     }, config
@@ -111,14 +107,16 @@ def main() -> None:
         results[frequency], config = measure(frequency, steps, arguments.overrides)
     save("push_stall", config, {"weight_update_frequency": results})
     table(
-        ["steps a push", "pushes", "stall s", "longest", "engine step s", "share of time", "responses/s"],
+        ["steps a push", "pushes", "stalls", "stall s", "longest", "delay s", "longest", "share of time", "responses/s"],
         [
             [
-                frequency,
-                f"{its['pushes_with_requests_in_flight']} of {its['pushes']}",
+                str(frequency),
+                its["pushes"],
+                len(its["stall_s"]["values"]),
                 its["stall_s"]["median"],
                 its["stall_s"]["max"],
-                its["engine_step_s"],
+                its["delay_s"]["median"],
+                its["delay_s"]["max"],
                 its["share_of_time_in_pushes"],
                 its["samples_per_s"],
             ]
