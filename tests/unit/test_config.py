@@ -151,6 +151,7 @@ BAD_VALUES = [
     (["inference_model.temperature=0"], "inference_model.temperature (0.0) must be above 0"),
     (["inference_model.temperature=-1"], "inference_model.temperature (-1.0) must be above 0"),
     (["inference_model.temperature=nan"], "inference_model.temperature (nan) must be above 0"),
+    (["inference_model.temperature=2.1"], "inference_model.temperature (2.1) must be at most 2 with backend=vllm"),
     (["inference_model.top_p=0"], "inference_model.top_p (0.0) must be in (0, 1]"),
     (["inference_model.top_p=1.1"], "inference_model.top_p (1.1) must be in (0, 1]"),
     (
@@ -237,6 +238,13 @@ BAD_VALUES = [
         "train.buffer_size (1024) must equal train.dialog_turns_per_batch (512) in sync mode",
     ),
     (["device=mps"], "device (mps) needs inference_model.backend=transformers"),
+    (["train.replay=twice"], "train.replay (twice) must be one of once, uniform"),
+    (["train.replay=uniform"], "train.replay (uniform) is of async mode"),
+    (["mode=async", "train.replay=uniform", "train.epochs=2"], "train.epochs (2) must be 1 with train.replay=uniform"),
+    (
+        ["mode=async", "train.replay=uniform", "train.max_staleness=0"],
+        "train.max_staleness (0) must be at least 1 with train.replay=uniform",
+    ),
 ]
 
 
