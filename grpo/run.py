@@ -85,11 +85,18 @@ class Run(Session):
             self.clock.total |= self.progress.phases_s
             self._restore(self.resumed)
             self.saved = self._where
+        elif self._differs:
+            self.push(0)
         if self.progress.before is None:
             self.progress.before = self.evaluate("test")
         self._start_clock()
         if not self.progress.evaluated:
             self._evaluate()
+
+    @property
+    def _differs(self) -> bool:
+        """Whether the policy is not that of the model's files, which engines start with: it was trained, or is in 4 bits."""
+        return self.progress.policy_version > 0 or self.config.train_model.quantization.enabled
 
     @abstractmethod
     def _restore(self, checkpoint: Checkpoint) -> None:

@@ -48,21 +48,10 @@ from grpo.objectives.correction import correction_weights
 from grpo.objectives.divergences import ESTIMATES, kl_penalty, token_penalty, transport_penalty
 from grpo.objectives.online import online_loss, summarise
 from grpo.offline_config import OfflineObjectiveConfig, OfflineTrainConfig
+from grpo.optimizers import OPTIMIZERS
 from grpo.rollout import trim
 from grpo.transports import make_sender
 from grpo.weight_sync import Sent, one_thread
-
-
-def _adamw(parameters: list[torch.nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, betas=config.betas)
-
-
-OPTIMIZERS = {
-    "adamw": _adamw,
-    "adamw_offload": _adamw,  # `shard` puts what it works on in the CPU's memory
-    "adam": lambda p, c: torch.optim.Adam(p, lr=c.lr, weight_decay=c.weight_decay, betas=c.betas),
-    "sgd": lambda p, c: torch.optim.SGD(p, lr=c.lr, weight_decay=c.weight_decay),
-}
 
 
 @dataclass(frozen=True)
@@ -141,15 +130,18 @@ class TrainerActor:
         self.device = device
         torch.set_float32_matmul_precision(spec.matmul_precision)
         torch.manual_seed(spec.seed + rank)  # for LoRA's dropout; nothing else is random here
-        # Loaded on the CPU and moved a layer at a time as it is sharded: a GPU never holds the whole model in float32.
-        model = load_model(spec.model, torch.device("cpu"), spec.attn_implementation)
+        precision = DTYPES[spec.train.mixed_precision]
+        if spec.train_model.quantization.enabled:
+            model = load_model(spec.model, device, spec.attn_implementation, precision, in_four_bits=True)
+        else:  # on the CPU, and moved a layer at a time as it is sharded: a GPU never holds the whole model in float32
+            model = load_model(spec.model, torch.device("cpu"), spec.attn_implementation)
         if spec.lora_path is not None:
             model = load_lora(model, spec.lora_path)
         elif spec.train_model.lora.enabled:
             model = add_lora(model, spec.train_model.lora, spec.seed)
         if spec.train_model.gradient_checkpointing:
             checkpoint_gradients(model)
-        self.model = shard(model, mesh, DTYPES[spec.train.mixed_precision], offload)
+        self.model = shard(model, mesh, precision, offload)
         self.trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = OPTIMIZERS[spec.optimizer.name](self.trainable, spec.optimizer)
         fp16 = spec.train.mixed_precision == "fp16"  # whose small range gradients have to be scaled into
@@ -239,7 +231,7 @@ class TrainerActor:
                 first_row += rows
         over_ranks = _over_ranks(sums, dist.ReduceOp.SUM), _over_ranks(maxima, dist.ReduceOp.MAX)
         metrics = self._summarise(*over_ranks, count)
-        metrics["train/lr"] = self.schedule.get_last_lr()[0]
+        metrics["train/lr"] = float(self.schedule.get_last_lr()[0])  # a tensor with adamw_8bit
         norm = self._optimise(math.isfinite(metrics["train/loss"])) if update else 0.0
         metrics["train/skipped_updates"] = float(not update)
         metrics["train/grad_norm"] = norm if math.isfinite(norm) else 0.0

@@ -10,8 +10,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import zeros as sharded_zeros
 
 from grpo.models import reshard
+from grpo.optimizers import packed_state, plain_state
 
 
 def save(model: torch.nn.Module, optimizer: torch.optim.Optimizer, path: Path, group: dist.ProcessGroup) -> Future:
@@ -20,7 +23,7 @@ def save(model: torch.nn.Module, optimizer: torch.optim.Optimizer, path: Path, g
     state = {}
     for name, parameter in _trained(model):
         state[f"model.{name}"] = parameter.detach()
-        for key, value in optimizer.state.get(parameter, {}).items():
+        for key, value in plain_state(optimizer, optimizer.state.get(parameter, {})).items():
             state[f"optimizer.{name}.{key}"] = value
     state |= {_generator(device): value for device, value in _generators(model).items()}
     writer = HuggingFaceStorageWriter(str(path), save_distributed=True)
@@ -41,10 +44,7 @@ def load(model: torch.nn.Module, optimizer: torch.optim.Optimizer, path: Path, g
         prefix = f"optimizer.{name}."
         keys = [key for key in there if key.startswith(prefix) and "." not in key.removeprefix(prefix)]
         of_optimizer[parameter] = {
-            key.removeprefix(prefix): torch.zeros_like(parameter.detach())
-            if there[key].size == parameter.shape and there[key].size
-            else torch.zeros(there[key].size, dtype=there[key].properties.dtype)
-            for key in keys
+            key.removeprefix(prefix): _room(parameter.detach(), there[key].size, there[key].properties.dtype) for key in keys
         }
         state |= {prefix + key: value for key, value in of_optimizer[parameter].items()}
     generators = {
@@ -54,7 +54,7 @@ def load(model: torch.nn.Module, optimizer: torch.optim.Optimizer, path: Path, g
     dcp.load(state, storage_reader=reader, process_group=group)
     for parameter, values in of_optimizer.items():
         if values:
-            optimizer.state[parameter] = values
+            optimizer.state[parameter] = packed_state(optimizer, values)
     if "cpu" in generators:
         torch.set_rng_state(generators["cpu"])
     if "cuda" in generators:
@@ -63,6 +63,15 @@ def load(model: torch.nn.Module, optimizer: torch.optim.Optimizer, path: Path, g
 
 def _trained(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def _room(parameter: DTensor, size: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """Room for a part of the optimiser's state: what has a row for each of the parameter's is sharded like it."""
+    if size == parameter.shape and size:
+        return torch.zeros_like(parameter, dtype=dtype)
+    if size[:1] == parameter.shape[:1]:
+        return sharded_zeros(size, dtype=dtype, device_mesh=parameter.device_mesh, placements=parameter.placements)
+    return torch.zeros(size, dtype=dtype)
 
 
 def _generators(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -197,7 +197,7 @@ BAD_VALUES = [
     (["train.kl_to_inference_coeff=inf"], "train.kl_to_inference_coeff (inf) must be at least 0"),
     (["train.entropy_coeff=-1"], "train.entropy_coeff (-1.0) must be at least 0"),
     (["train.eval_frequency=-1"], "train.eval_frequency (-1) must be at least 0"),
-    (["optimizer.name=lion"], "optimizer.name (lion) must be one of adamw, adamw_offload, adam, sgd"),
+    (["optimizer.name=lion"], "optimizer.name (lion) must be one of adamw, adamw_offload, adamw_8bit, adam, sgd"),
     (["optimizer.lr=0"], "optimizer.lr (0.0) must be above 0"),
     (["optimizer.lr=inf"], "optimizer.lr (inf) must be above 0"),
     (["optimizer.lr=nan"], "optimizer.lr (nan) must be above 0"),
@@ -235,6 +235,19 @@ BAD_VALUES = [
     (
         ["train.buffer_size=1024"],
         "train.buffer_size (1024) must equal train.dialog_turns_per_batch (512) in sync mode",
+    ),
+    (
+        ["train_model.quantization.enabled=true"],
+        "train_model.quantization.enabled (True) needs train_model.lora.enabled=true: weights of 4 bits do not train",
+    ),
+    (
+        ["train_model.lora.enabled=true", "ref_model.quantization.enabled=true"],
+        "ref_model.quantization.enabled (True) needs ref_model.num_devices of at least 1, or "
+        "train_model.quantization.enabled=true",
+    ),
+    (
+        ["train_model.lora.enabled=true", "train_model.quantization.enabled=true", "ref_model.quantization.enabled=false"],
+        "ref_model.quantization.enabled (False) needs ref_model.num_devices of at least 1",
     ),
     (["device=mps"], "device (mps) needs inference_model.backend=transformers"),
 ]

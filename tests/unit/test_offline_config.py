@@ -60,6 +60,10 @@ BAD_VALUES = [
         "batch_size (8) must be a multiple of train.gradient_accumulation_steps (3) x train_model.num_devices (1)",
     ),
     ([DATA, "lora_path=adapter", "train_model.lora.r=4"], "lora_path (adapter) has its adapters' own settings"),
+    (
+        [DATA, "train_model.quantization.enabled=true"],
+        "train_model.quantization.enabled (True) needs train_model.lora.enabled=true or lora_path",
+    ),
     ([DATA, "objective=grpo"], "Could not override 'objective'"),
 ]
 
@@ -91,7 +95,7 @@ def test_every_key_of_the_yaml_file_is_known():
 
 def test_every_key_is_read_somewhere():
     own = [ROOT / "grpo_offline.py", *(ROOT / "grpo").glob("offline*.py"), ROOT / "grpo" / "objectives" / "offline.py"]
-    names = ("launch", "session", "metrics", "resume", "cluster", "trainer", "models")
+    names = ("launch", "session", "metrics", "resume", "cluster", "trainer", "models", "optimizers")
     shared = [ROOT / "grpo" / f"{name}.py" for name in names]
     read = set().union(*(attributes(ast.parse(path.read_text())) for path in [*own, *shared]))
     unread = {key for key in known_keys(OfflineConfig) if key.rsplit(".")[-1] not in read}

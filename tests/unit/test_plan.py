@@ -74,6 +74,65 @@ def test_with_lora_only_the_adapters_have_gradients_and_optimiser_states_and_the
     assert both.roles == {"trainer": 1, "inference": 1, "reference": 1}
 
 
+def test_states_of_8_bits_take_a_quarter():
+    exact, rounded = (plan_of(f"optimizer.name={name}") for name in ("adamw", "adamw_8bit"))
+    assert exact.memory_bytes["trainer"] - rounded.memory_bytes["trainer"] == 2 * 3 * exact.parameters
+
+
+@pytest.mark.parametrize(
+    ("package", "overrides", "message"),
+    [
+        (
+            "torchao",
+            ["optimizer.name=adamw_8bit"],
+            "optimizer.name (adamw_8bit) needs torchao, which is not installed: pip install torchao, or use adamw",
+        ),
+        (
+            "bitsandbytes",
+            ["train_model.lora.enabled=true", "train_model.quantization.enabled=true"],
+            "train_model.quantization.enabled (True) needs bitsandbytes, which is not installed: pip install "
+            "bitsandbytes, or leave it false",
+        ),
+        (
+            "bitsandbytes",
+            ["ref_model.quantization.enabled=true"],
+            "ref_model.quantization.enabled (True) needs bitsandbytes, which is not installed: pip install "
+            "bitsandbytes, or leave it false",
+        ),
+    ],
+)
+def test_a_package_that_is_not_there_is_said_before_anything_starts(monkeypatch, package, overrides, message):
+    monkeypatch.setattr("grpo.rules.find_spec", lambda name: None if name == package else name)
+    with pytest.raises(ConfigError) as raised:
+        plan_of(*overrides)
+    assert str(raised.value) == message
+
+
+def test_a_base_in_four_bits_takes_an_eighth_and_is_whole_on_every_rank(monkeypatch):
+    monkeypatch.setattr("grpo.rules.find_spec", lambda name: name)  # counting needs no bitsandbytes
+    overrides = ("train_model.lora.enabled=true", "train_model.lora.r=4", "train_model.num_devices=2")
+    plain, rounded = plan_of(*overrides), plan_of(*overrides, "train_model.quantization.enabled=true")
+    recipe, head = Recipe(), Recipe().hidden_size // Recipe().heads
+    keys, hidden, wide = recipe.kv_heads * head, recipe.hidden_size, recipe.feed_forward
+    linear = recipe.layers * (2 * hidden * hidden + 2 * hidden * keys + 3 * hidden * wide)
+    assert (plain.in_four_bits, rounded.in_four_bits) == (0, linear)
+    saved = plain.memory_bytes["trainer"] - rounded.memory_bytes["trainer"]
+    assert saved == pytest.approx(4 * linear / 2 - linear * (0.5 + 1 / 64), abs=1)
+    config = compose("grpo_arithmetic", [CPU, *overrides, "train_model.quantization.enabled=true"])
+    assert "million parameters in float32, passes in float32, on a base with 0.393 million in 4 bits" in make_plan(
+        config
+    ).describe(config)
+    both = plan_of(*overrides, "train_model.quantization.enabled=true", "ref_model.num_devices=1")
+    kept = plan_of(
+        *overrides,
+        "train_model.quantization.enabled=true",
+        "ref_model.num_devices=1",
+        "ref_model.quantization.enabled=false",
+    )
+    difference = kept.memory_bytes["reference"] - both.memory_bytes["reference"]
+    assert difference == pytest.approx(linear * (4 - 0.5 - 1 / 64), abs=1)
+
+
 def test_the_reference_is_held_in_the_precision_of_the_passes():
     bytes_of = {name: plan_of(f"train.mixed_precision={name}").memory_bytes for name in ("none", "bf16", "fp16")}
     assert bytes_of["none"]["reference"] == 2 * bytes_of["bf16"]["reference"] == 2 * bytes_of["fp16"]["reference"]
