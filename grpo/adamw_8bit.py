@@ -1,25 +1,27 @@
-"""AdamW whose moments take 8 bits a number: a code, and a float32 scale for each block of them. torchao's, with our blocks.
+"""AdamW whose two moments take 8 bits a number: a code, and a float32 scale for each block of them.
 
-torchao cuts a rank's shard into blocks of 256 numbers wherever its rows end. Here a block lies within a row, which no shard
-cuts: states, and so the training, are the same on any number of ranks, and a checkpoint of some can be read by others.
+    moment = MAP[code] * scale,    scale = the largest magnitude of the block,    code = that of the nearest value of MAP
 
-Source: Dettmers et al., "8-bit Optimizers via Block-wise Quantization", arXiv 2110.02861, section 2.
+MAP's values lie close together around 0 and far apart around 1, since what is rounded spans many orders of magnitude. A step
+MAP's values lie close together around 0 and far apart around 1, since what is rounded spans many orders of magnitude. A step
+same on any number of ranks, and what some wrote to a checkpoint any other number can read.
+
+There are such optimisers in torchao and bitsandbytes. transformers and peft import either one wherever it is installed, with
+warnings on every command, and their blocks are those of a rank's shard.
+
+Source: Dettmers et al., "8-bit Optimizers via Block-wise Quantization", arXiv 2110.02861, sections 2 and 1.3.
 """
 
 import math
 
 import torch
 from torch.distributed.tensor import DTensor
-from torchao.optim import AdamW8bit as TorchaoAdamW8bit
-from torchao.optim.subclass_8bit import OptimState8bit
-
-from grpo.optimizers import State, packed_state, plain_state
 
 BLOCK = 256  # numbers that share a scale, at most
 MIN_BLOCK = 16  # with fewer their scales take up what the codes save
 MIN_NUMBERS = 4096  # of a parameter; smaller ones, such as norms and biases, keep float32 moments, as in bitsandbytes
-SIGNED = {"exp_avg": True, "exp_avg_sq": False}
-CODES, SCALES = "_codes", "_scales"  # uint8 in the parameter's shape; float32 [rows, blocks a row]
+TINY = torch.finfo(torch.float32).tiny  # what a scale of 0 is divided by
+MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # whether it has a sign
 
 
 def block_size(shape: torch.Size) -> int | None:
@@ -29,62 +31,79 @@ def block_size(shape: torch.Size) -> int | None:
     return block if numbers >= MIN_NUMBERS and block >= MIN_BLOCK else None
 
 
-class AdamW8bit(TorchaoAdamW8bit):
-    """torchao's optimiser, for DTensors that are sharded by rows."""
+def dynamic_map(signed: bool) -> torch.Tensor:
+    """MAP, float32 [256], ascending: per decade from 1e-7 to 1 twice as many values as in the one below; 0 and 1."""
+    values = [0.0, 1.0]
+    for decade in range(7):
+        count = 2**decade if signed else 2 ** (decade + 1)
+        edges = torch.linspace(0.1, 1, count + 1, dtype=torch.float64)
+        middles = ((edges[1:] + edges[:-1]) / 2 * 10.0 ** (decade - 6)).tolist()
+        values += middles + [-value for value in middles] * signed
+    return torch.tensor(sorted(values))
 
-    def _new_buffer(self, p: DTensor, signed: bool) -> DTensor:
-        local, block = p.to_local(), block_size(p.shape)
-        if block is None or not local.numel():
-            return torch.zeros_like(p)
-        return _like(p, OptimState8bit.zeros(local.shape, signed, block, local.device, local.dtype))
+
+def rounded(moment: torch.Tensor, block: int, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The codes, uint8 in the shape of `moment` [N, ...], and scales, float32 [N, blocks a row]; `values` is MAP."""
+    blocks = moment.flatten(1).unflatten(1, (-1, block))
+    scales = blocks.abs().amax(2)
+    middles = (values[1:] + values[:-1]) / 2
+    codes = torch.bucketize(blocks / scales[..., None].clamp_min(TINY), middles)
+    return codes.to(torch.uint8).view_as(moment), scales
+
+
+def restored(codes: torch.Tensor, scales: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """The moment, float32 in the shape of `codes`."""
+    blocks = values[codes.int()].flatten(1).unflatten(1, (scales.shape[1], -1))
+    return (blocks * scales[..., None]).view_as(codes)
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """For DTensors that are sharded by rows: `step`, and for each moment NAME either NAME or NAME_codes and NAME_scales."""
+
+    def __init__(
+        self, parameters: list[torch.nn.Parameter], lr: float, weight_decay: float, betas: tuple[float, float]
+    ) -> None:
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "betas": tuple(betas), "eps": 1e-8})
+        device = parameters[0].device
+        self.maps = {name: dynamic_map(signed).to(device) for name, signed in MOMENTS.items()}
 
     @torch.no_grad()
-    def step(self, closure=None):
-        """On a CPU as it stands: compiling it for each shape would take longer than many a run there."""
-        on_cpu = all(p.device.type == "cpu" for group in self.param_groups for p in group["params"])
-        with torch.compiler.set_stance("force_eager" if on_cpu else "default"):
-            return super().step(closure)
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group)
 
+    def _update(self, parameter: DTensor, group: dict) -> None:
+        state, block = self.state[parameter], block_size(parameter.shape)
+        gradient, weight = parameter.grad.to_local(), parameter.to_local()
+        state["step"] = state.get("step", torch.tensor(0.0)) + 1
+        moments = {}
+        for name, power, beta in zip(MOMENTS, (1, 2), group["betas"], strict=True):
+            moment = self._moment(state, name, weight).lerp_(gradient**power, 1 - beta)
+            self._keep(state, name, moment, block, parameter)
+            moments[name] = moment / (1 - beta ** float(state["step"]))
+        weight.mul_(1 - group["lr"] * group["weight_decay"])
+        weight.addcdiv_(moments["exp_avg"], moments["exp_avg_sq"].sqrt_().add_(group["eps"]), value=-group["lr"])
 
-@plain_state.register
-def _(optimizer: AdamW8bit, state: State) -> State:
-    plain = {}
-    for key, value in state.items():
-        block = block_size(value.shape) if key in SIGNED else None
+    def _moment(self, state: dict, name: str, weight: torch.Tensor) -> torch.Tensor:
+        if f"{name}_codes" in state:
+            return restored(state[f"{name}_codes"].to_local(), state[f"{name}_scales"].to_local(), self.maps[name])
+        return state[name].to_local() if name in state else torch.zeros_like(weight)
+
+    def _keep(self, state: dict, name: str, moment: torch.Tensor, block: int | None, parameter: DTensor) -> None:
         if block is None:
-            plain[key] = value
-            continue
-        local, rows, width = value.to_local(), value.shape[0], value.numel() // value.shape[0] // block
-        is_packed = isinstance(local, OptimState8bit)  # all are but those of a rank without rows
-        codes = local.codes if is_packed else local.to(torch.uint8)
-        scales = local.scale.view(-1, width) if is_packed else local.new_zeros(0, width)
-        plain[key + CODES] = _like(value, codes)
-        plain[key + SCALES] = DTensor.from_local(
-            scales, value.device_mesh, value.placements, run_check=False, shape=torch.Size([rows, width]), stride=(width, 1)
-        )
-    return plain
+            state[name] = _sharded(moment, parameter.shape, parameter)
+            return
+        codes, scales = rounded(moment, block, self.maps[name])
+        width = math.prod(parameter.shape[1:]) // block
+        state[f"{name}_codes"] = _sharded(codes, parameter.shape, parameter)
+        state[f"{name}_scales"] = _sharded(scales, torch.Size([parameter.shape[0], width]), parameter)
 
 
-@packed_state.register
-def _(optimizer: AdamW8bit, state: State) -> State:
-    packed = {key: value for key, value in state.items() if not key.endswith((CODES, SCALES))}
-    for key, signed in SIGNED.items():
-        if key + CODES not in state:
-            continue
-        codes, scales = state[key + CODES], state[key + SCALES].to_local()
-        local = codes.to_local().float()
-        if local.numel():
-            local = OptimState8bit.zeros(
-                local.shape, signed, codes.numel() // math.prod(state[key + SCALES].shape), local.device, local.dtype
-            )
-            local.codes.copy_(codes.to_local())
-            local.scale.copy_(scales.flatten())
-        packed[key] = _like(codes, local)
-    return packed
-
-
-def _like(other: DTensor, local: torch.Tensor) -> DTensor:
-    """`local` as this rank's part of a DTensor that is sharded as `other`."""
+def _sharded(local: torch.Tensor, shape: torch.Size, parameter: DTensor) -> DTensor:
+    """`local` as this rank's rows of a DTensor of that shape, which is sharded as `parameter`."""
+    stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
-        local, other.device_mesh, other.placements, run_check=False, shape=other.shape, stride=other.stride()
+        local, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=stride
     )

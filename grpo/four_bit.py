@@ -9,6 +9,7 @@ Source: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv 
 
 from collections.abc import Iterator
 from copy import deepcopy
+from importlib.util import find_spec
 
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
@@ -16,20 +17,29 @@ from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 from transformers.pytorch_utils import Conv1D
 
 from grpo.errors import ConfigError
-from grpo.rules import needs_package
 
-BYTES = 0.5 + 1 / 64  # a number: its code, and a block's scale, of 64 numbers, in 8 bits itself
+TESTED = "0.50.2"  # of bitsandbytes, which is not among the requirements: wherever it is there, peft takes 2 s to import it
+BLOCK = 64  # numbers that share a scale; the kernel for CPUs restores rows of other multiples wrongly, without a word
+BYTES = 0.5 + 1 / BLOCK  # a number: its code, and its share of a scale, which has 8 bits itself
 
 
 def check_four_bit(config: PreTrainedConfig, key: str) -> int:
     """How many weights of the architecture `key` would put in 4 bits; ConfigError where that cannot be done."""
-    needs_package("bitsandbytes", key, True, "leave it false")
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(f"{key} (true) needs bitsandbytes: pip install bitsandbytes=={TESTED}, or leave it false")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     if any(isinstance(module, Conv1D) for module in model.modules()):
         raise ConfigError(f"{key} (true): {type(model).__name__} keeps its weights transposed; leave it false")
     head = model.get_output_embeddings()
-    return sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head)
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
+    for name, layer in linear.items():
+        if layer.in_features % BLOCK:
+            raise ConfigError(
+                f"{key} (true) needs layers whose inputs are a multiple of {BLOCK}, and {name} has {layer.in_features}: "
+                "leave it false"
+            )
+    return sum(layer.weight.numel() for layer in linear.values())
 
 
 def load_four_bit(path: str, device: torch.device, attn_implementation: str, dtype: torch.dtype) -> PreTrainedModel:

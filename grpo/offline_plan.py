@@ -10,7 +10,7 @@ from grpo.errors import ConfigError
 from grpo.four_bit import check_four_bit
 from grpo.models import num_adapter_parameters, num_parameters
 from grpo.offline_config import OfflineConfig
-from grpo.plan import check_optimizer, find_architecture, num_cores, resolve_device, trainer_bytes
+from grpo.plan import find_architecture, num_cores, resolve_device, trainer_bytes
 from grpo.scored import hold_out, read_groups
 
 
@@ -58,7 +58,6 @@ def make_plan(config: OfflineConfig) -> OfflinePlan:
     if positions is not None and config.max_seq_length > positions:
         raise ConfigError(f"max_seq_length ({config.max_seq_length}) must be at most the model's {positions} positions")
     parameters, lora, ranks = num_parameters(model), config.train_model.lora, config.train_model.num_devices
-    check_optimizer(config.optimizer)
     in_four_bits = (
         check_four_bit(model, "train_model.quantization.enabled") if config.train_model.quantization.enabled else 0
     )

@@ -12,12 +12,11 @@ import torch
 from transformers import PreTrainedConfig
 
 from grpo import builtin
-from grpo.config import OptimizerConfig, RunConfig
+from grpo.config import RunConfig
 from grpo.errors import ConfigError
 from grpo.four_bit import BYTES as FOUR_BITS
 from grpo.four_bit import check_four_bit
 from grpo.models import DTYPES, kv_cache_bytes, num_adapter_parameters, num_parameters, read_config
-from grpo.rules import needs_package
 
 FLOAT32, FLOAT16 = 4, 2  # bytes
 LARGE = 1e9  # parameters from which a model needs a GPU to be of any use
@@ -131,12 +130,6 @@ def trainer_bytes(parameters: int, in_four_bits: int, trained: int, has_adapters
     return int(own + in_four_bits * FOUR_BITS + parameters * FLOAT32)
 
 
-def check_optimizer(optimizer: OptimizerConfig) -> None:
-    """Raise ConfigError where it needs a package that is not installed."""
-    if optimizer.name == "adamw_8bit":
-        needs_package("torchao", "optimizer.name", optimizer.name, "use adamw")
-
-
 def num_cores() -> int:
     """That this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -151,7 +144,6 @@ def make_plan(config: RunConfig) -> Plan:
     if config.num_references:
         roles["reference"] = config.num_references
     parameters, lora = num_parameters(model), config.train_model.lora
-    check_optimizer(config.optimizer)
     policy = check_four_bit(model, "train_model.quantization.enabled") if config.train_model.quantization.enabled else 0
     reference = check_four_bit(model, "ref_model.quantization.enabled") if config.reference_in_four_bits else 0
     trained = num_adapter_parameters(model, lora) if lora.enabled else parameters

@@ -1,7 +1,6 @@
 """Rules of configuration keys, and the one line that a value which breaks one ends in: key, value, rule."""
 
 import math
-from importlib.util import find_spec
 from typing import Any
 
 from grpo.errors import ConfigError
@@ -22,9 +21,3 @@ def at_least(section: str, config: Any, minimum: float, *names: str) -> None:
 
 def one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
     check(value in allowed, key, value, f"must be one of {', '.join(allowed)}")
-
-
-def needs_package(package: str, key: str, value: Any, instead: str) -> None:
-    """Raise ConfigError where `package`, which `key` needs with this value, is not installed."""
-    rule = f"needs {package}, which is not installed: pip install {package}, or {instead}"
-    check(find_spec(package) is not None, key, value, rule)

@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from grpo import trainer_state
+from grpo.adamw_8bit import AdamW8bit
 from grpo.adapters import load_lora
 from grpo.config import ObjectiveConfig, OptimizerConfig, TrainConfig, TrainModelConfig
 from grpo.errors import CheckpointError, TrainingError, one_line
@@ -48,10 +49,22 @@ from grpo.objectives.correction import correction_weights
 from grpo.objectives.divergences import ESTIMATES, kl_penalty, token_penalty, transport_penalty
 from grpo.objectives.online import online_loss, summarise
 from grpo.offline_config import OfflineObjectiveConfig, OfflineTrainConfig
-from grpo.optimizers import OPTIMIZERS
 from grpo.rollout import trim
 from grpo.transports import make_sender
 from grpo.weight_sync import Sent, one_thread
+
+
+def _adamw(parameters: list[torch.nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, betas=config.betas)
+
+
+OPTIMIZERS = {
+    "adamw": _adamw,
+    "adamw_offload": _adamw,  # `shard` puts what it works on in the CPU's memory
+    "adamw_8bit": lambda p, c: AdamW8bit(p, lr=c.lr, weight_decay=c.weight_decay, betas=c.betas),
+    "adam": lambda p, c: torch.optim.Adam(p, lr=c.lr, weight_decay=c.weight_decay, betas=c.betas),
+    "sgd": lambda p, c: torch.optim.SGD(p, lr=c.lr, weight_decay=c.weight_decay),
+}
 
 
 @dataclass(frozen=True)
@@ -231,7 +244,7 @@ class TrainerActor:
                 first_row += rows
         over_ranks = _over_ranks(sums, dist.ReduceOp.SUM), _over_ranks(maxima, dist.ReduceOp.MAX)
         metrics = self._summarise(*over_ranks, count)
-        metrics["train/lr"] = float(self.schedule.get_last_lr()[0])  # a tensor with adamw_8bit
+        metrics["train/lr"] = self.schedule.get_last_lr()[0]
         norm = self._optimise(math.isfinite(metrics["train/loss"])) if update else 0.0
         metrics["train/skipped_updates"] = float(not update)
         metrics["train/grad_norm"] = norm if math.isfinite(norm) else 0.0

@@ -14,7 +14,6 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import zeros as sharded_zeros
 
 from grpo.models import reshard
-from grpo.optimizers import packed_state, plain_state
 
 
 def save(model: torch.nn.Module, optimizer: torch.optim.Optimizer, path: Path, group: dist.ProcessGroup) -> Future:
@@ -23,7 +22,7 @@ def save(model: torch.nn.Module, optimizer: torch.optim.Optimizer, path: Path, g
     state = {}
     for name, parameter in _trained(model):
         state[f"model.{name}"] = parameter.detach()
-        for key, value in plain_state(optimizer, optimizer.state.get(parameter, {})).items():
+        for key, value in optimizer.state.get(parameter, {}).items():
             state[f"optimizer.{name}.{key}"] = value
     state |= {_generator(device): value for device, value in _generators(model).items()}
     writer = HuggingFaceStorageWriter(str(path), save_distributed=True)
@@ -54,7 +53,7 @@ def load(model: torch.nn.Module, optimizer: torch.optim.Optimizer, path: Path, g
     dcp.load(state, storage_reader=reader, process_group=group)
     for parameter, values in of_optimizer.items():
         if values:
-            optimizer.state[parameter] = packed_state(optimizer, values)
+            optimizer.state[parameter] = values
     if "cpu" in generators:
         torch.set_rng_state(generators["cpu"])
     if "cuda" in generators:

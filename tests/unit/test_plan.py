@@ -1,9 +1,10 @@
 import pytest
 import torch
-from transformers import Qwen2Config
+from transformers import GPT2Config, Qwen2Config
 
 from grpo.builtin import Recipe, make_config, make_tokenizer
 from grpo.errors import ConfigError
+from grpo.four_bit import check_four_bit
 from grpo.launch import compose
 from grpo.models import num_parameters
 from grpo.plan import make_plan, resolve_device
@@ -80,36 +81,31 @@ def test_states_of_8_bits_take_a_quarter():
 
 
 @pytest.mark.parametrize(
-    ("package", "overrides", "message"),
-    [
-        (
-            "torchao",
-            ["optimizer.name=adamw_8bit"],
-            "optimizer.name (adamw_8bit) needs torchao, which is not installed: pip install torchao, or use adamw",
-        ),
-        (
-            "bitsandbytes",
-            ["train_model.lora.enabled=true", "train_model.quantization.enabled=true"],
-            "train_model.quantization.enabled (True) needs bitsandbytes, which is not installed: pip install "
-            "bitsandbytes, or leave it false",
-        ),
-        (
-            "bitsandbytes",
-            ["ref_model.quantization.enabled=true"],
-            "ref_model.quantization.enabled (True) needs bitsandbytes, which is not installed: pip install "
-            "bitsandbytes, or leave it false",
-        ),
-    ],
+    "typed",
+    [["train_model.lora.enabled=true", "train_model.quantization.enabled=true"], ["ref_model.quantization.enabled=true"]],
 )
-def test_a_package_that_is_not_there_is_said_before_anything_starts(monkeypatch, package, overrides, message):
-    monkeypatch.setattr("grpo.rules.find_spec", lambda name: None if name == package else name)
+def test_four_bits_without_bitsandbytes_are_refused_before_anything_starts(monkeypatch, typed):
+    monkeypatch.setattr("grpo.four_bit.find_spec", lambda name: None)
+    key = typed[-1].split("=")[0]
     with pytest.raises(ConfigError) as raised:
-        plan_of(*overrides)
-    assert str(raised.value) == message
+        plan_of(*typed)
+    assert str(raised.value) == f"{key} (true) needs bitsandbytes: pip install bitsandbytes==0.50.2, or leave it false"
+
+
+def test_models_that_bitsandbytes_would_get_wrong_are_refused(monkeypatch):
+    monkeypatch.setattr("grpo.four_bit.find_spec", lambda name: name)
+    with pytest.raises(ConfigError, match=r"KEY \(true\): GPT2LMHeadModel keeps its weights transposed; leave it false"):
+        check_four_bit(GPT2Config(), "KEY")
+    narrow = Qwen2Config(hidden_size=96, intermediate_size=128, num_attention_heads=2, num_key_value_heads=2)
+    expected = (
+        r"KEY \(true\) needs layers whose inputs are a multiple of 64, and model.layers.0.self_attn.q_proj has 96: leave"
+    )
+    with pytest.raises(ConfigError, match=expected):
+        check_four_bit(narrow, "KEY")
 
 
 def test_a_base_in_four_bits_takes_an_eighth_and_is_whole_on_every_rank(monkeypatch):
-    monkeypatch.setattr("grpo.rules.find_spec", lambda name: name)  # counting needs no bitsandbytes
+    monkeypatch.setattr("grpo.four_bit.find_spec", lambda name: name)  # counting needs no bitsandbytes
     overrides = ("train_model.lora.enabled=true", "train_model.lora.r=4", "train_model.num_devices=2")
     plain, rounded = plan_of(*overrides), plan_of(*overrides, "train_model.quantization.enabled=true")
     recipe, head = Recipe(), Recipe().hidden_size // Recipe().heads
