@@ -3,8 +3,8 @@
     moment = MAP[code] * scale,    scale = the largest magnitude of the block,    code = that of the nearest value of MAP
 
 MAP's values lie close together around 0 and far apart around 1, since what is rounded spans many orders of magnitude. A step
-MAP's values lie close together around 0 and far apart around 1, since what is rounded spans many orders of magnitude. A step
-same on any number of ranks, and what some wrote to a checkpoint any other number can read.
+takes the moments before they are rounded. A block lies within a row, which no shard cuts: states, and so the training, are
+the same on any number of ranks, and what some wrote to a checkpoint any other number can read.
 
 There are such optimisers in torchao and bitsandbytes. transformers and peft import either one wherever it is installed, with
 warnings on every command, and their blocks are those of a rank's shard.

@@ -857,20 +857,20 @@ def test_adapters_on_four_bits_train_as_on_the_weights_that_they_stand_for(
 ):
     results = []
     for train_model, path in ((IN_FOUR_BITS, wide_path), (TrainModelConfig(lora=LORA), rounded_path)):
-        trainer = make_trainer(replace(LARGE_STEPS, lr=0.1), train_model=train_model, mixed_precision=precision, model=path)
+        trainer = make_trainer(replace(LARGE_STEPS, lr=1e-2), train_model=train_model, mixed_precision=precision, model=path)
         start = weights(trainer)
         reference = trainer.score(wide_batch)
         metrics = [trainer.step(wide_batch)[0] for _ in range(3)]
         assert torch.equal(trainer.score(wide_batch), reference)
         results.append((weights(trainer), metrics, reference))
-        assert largest_difference(weights(trainer), start) > 1e-2
+        moved = largest_difference(weights(trainer), start)
+        assert moved > 1e-2
     (ours, metrics, reference), (theirs, its_metrics, its_reference) = results
     # With bf16 the layers of bitsandbytes round their biases apart from the product.
-    tolerance = 1e-5 if precision == "none" else 2e-2
-    assert largest_difference(ours, theirs) < tolerance
+    assert largest_difference(ours, theirs) < (1e-4 if precision == "none" else 0.05) * moved
     assert (reference - its_reference).abs().max() < (1e-4 if precision == "none" else 0.3)
     for row, other in zip(metrics, its_metrics, strict=True):
-        assert row["train/loss"] == pytest.approx(other["train/loss"], rel=1e-4 if precision == "none" else 0.1)
+        assert row["train/loss"] == pytest.approx(other["train/loss"], abs=1e-5 if precision == "none" else 0.02)
 
 
 @needs_bitsandbytes
