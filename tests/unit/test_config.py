@@ -466,10 +466,16 @@ def test_the_shipped_3b_configuration_saves_memory():
 
 
 def attributes(tree: ast.AST) -> set[str]:
-    """Every attribute that is read, as `owner.name` and as `name`."""
-    nodes = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)]
-    owners = {n: n.value.attr if isinstance(n.value, ast.Attribute) else getattr(n.value, "id", "") for n in nodes}
-    return {n.attr for n in nodes} | {f"{owner}.{n.attr}" for n, owner in owners.items()}
+    """Every attribute that is read, as `name`, `owner.name` and `owner.owner.name`."""
+    read = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            names, owner = [node.attr], node.value
+            while isinstance(owner, ast.Attribute):
+                names, owner = [owner.attr, *names], owner.value
+            names = [getattr(owner, "id", ""), *names]
+            read |= {".".join(names[-count:]) for count in (1, 2, 3)}
+    return read
 
 
 def test_every_key_is_read_somewhere():
