@@ -15,6 +15,7 @@ from grpo import builtin
 from grpo.config import RunConfig
 from grpo.errors import ConfigError
 from grpo.models import DTYPES, kv_cache_bytes, num_adapter_parameters, num_parameters, read_config
+from grpo.throughput import forecast, shape_of
 
 FLOAT32, FLOAT16 = 4, 2  # bytes
 LARGE = 1e9  # parameters from which a model needs a GPU to be of any use
@@ -33,6 +34,7 @@ class Plan:
     trained: int  # of them, or the adapters' with LoRA
     memory_bytes: dict[str, int]  # estimate a role, weights, optimiser and key-value cache; activations come on top
     states_bytes: int  # of the driver: the hidden states that divergence=ot compares with, at full length
+    forecast: str  # of a collection's seconds
 
     @property
     def total_memory_bytes(self) -> int:
@@ -64,6 +66,7 @@ class Plan:
             * (budget is not None),
             f"samples           {config.train.total_dialog_turns} responses, each trained on {config.train.epochs} times",
             f"staleness         at most {config.staleness_bound} policy versions",
+            f"time              {self.forecast}",
         ]
         return "\n".join(lines)
 
@@ -189,4 +192,6 @@ def make_plan(config: RunConfig) -> Plan:
         transport = "nccl" if sharing == 1 and config.inference_model.backend == "vllm" else "shared_memory"
     if transport == "nccl" and sharing != 1:
         raise ConfigError("train.weight_transport (nccl) needs a GPU of its own for each process: use shared_memory")
-    return Plan(device, roles, 1 / sharing if sharing else 0.0, threads, transport, parameters, trained, memory, states)
+    time = forecast(config, shape_of(model, parameters), device, torch.cuda.get_device_name() if gpus else None)
+    share = 1 / sharing if sharing else 0.0
+    return Plan(device, roles, share, threads, transport, parameters, trained, memory, states, time)
