@@ -28,6 +28,7 @@ from benchmarks.step import PHASES as TIMED
 from benchmarks.step import pipeline_step
 from benchmarks.subjects import CACHE, ROOT, random_model
 from grpo import tasks
+from grpo.collect import PromptEnv, PromptStream
 from grpo.config import RunConfig
 from grpo.launch import compose
 from grpo.models import num_parameters
@@ -54,7 +55,7 @@ from grpo.throughput import (
 MODELS = {"builtin": None, "random3m": (192, 6, 4096), "random16m": (384, 8, 8192), "random50m": (512, 12, 16_384)}
 WARM_UP, MEASURED = 1, 3  # collections
 ASYNC_STEPS = 8
-FEW_SHOT_PROMPT = 128  # tokens, at most
+LONGEST_PROMPT = 192  # tokens, at most
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,12 @@ class Case:
         chosen = [
             f"env.num_envs={self.prompts}",
             f"env.few_shot={self.few_shot}",
-            f"env.max_prompt_length={FEW_SHOT_PROMPT}",
+            f"env.max_prompt_length={LONGEST_PROMPT}",
             f"inference_model.max_tokens={self.max_tokens}",
             f"train.dialog_turns_per_batch={responses}",
             f"train.optim_batch_size={responses}",
             f"train.gradient_accumulation_steps={self.micro_batches}",
-            f"train.total_dialog_turns={responses * ASYNC_STEPS}",
+            f"train.total_dialog_turns={responses * (ASYNC_STEPS if self.mode == 'async' else 64)}",
             f"model.cache_dir={CACHE}",
             f"mode={self.mode}",
             "train.eval_frequency=0",
@@ -134,15 +135,15 @@ def measure_sync(cases: list[Case]) -> Iterator[dict]:
             config = case.compose()
             task, size = tasks.load(config.env), config.groups_per_collection
             data = grpo_utils.load_data(config, task, run.tokenizer)
-            env = grpo_utils.PromptEnv(
-                (size, config.env.repeats), run.grading, data["train"], run.stream, run.tokenizer, run.clock
-            )
-            collector = grpo_utils.make_collector(config, env, run.engines, run.collector.postproc.keywords["reference"])
+            stream, shape = PromptStream(len(data["train"].problems), config.seed), (size, config.env.repeats)
+            env = PromptEnv(shape, run.grading, data["train"], stream, run.tokenizer, run.clock)
+            collector = grpo_utils.make_collector(config, env, run.engines, run.collector.postproc.reference)
             run.trainer.num_micro_batches = case.micro_batches
             its = replace(
                 run,
                 config=config,
                 data=data,
+                stream=stream,
                 collector=collector,
                 replay_buffer=grpo_utils.make_replay_buffer(size, config.groups_per_batch),
             )
@@ -348,6 +349,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fit", action="store_true", help="use the measurements of the result file")
     parser.add_argument("--plan", action="store_true", help="print the plan for GPUs")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), help="measure these only; writes nothing")
     arguments = parser.parse_args()
     if arguments.plan:
         measured = json.loads(FITTED.read_text())["costs"] | {"reward": {"responses": 1 / (2 * GRADED_A_SECOND)}}
@@ -357,7 +359,7 @@ def main() -> None:
         report(json.loads((RESULTS / "throughput.json").read_text())["configurations"], None)
         return
     rows, started = [], time.perf_counter()
-    for model in MODELS:
+    for model in arguments.models or MODELS:
         cases = [case for case in CASES if case.model == model]
         for row in measure_sync([case for case in cases if case.mode == "sync"]):
             rows.append(row)
@@ -366,7 +368,10 @@ def main() -> None:
             if case.mode == "async":
                 rows.append(measure_async(case))
                 print(f"{model} {case.prompts}x8x{case.max_tokens}, async: {rows[-1]['total']:.2f} s", flush=True)
-    report(rows, started)
+    if arguments.models:
+        print(json.dumps(rows))
+    else:
+        report(rows, started)
 
 
 if __name__ == "__main__":

@@ -31,8 +31,6 @@ from grpo.sweep import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PREEMPTED, jobs, parse
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "config"
 MOST_CHECKED = 64  # runs of a sweep, before the first one starts
-# Hydra's plugins that are not installed with it: by the beginning of their name, what brings them.
-PLUGINS = {"hydra/launcher=submitit": "hydra_submitit_launcher", "hydra/sweeper=optuna": "hydra_optuna_sweeper"}
 
 
 class Script(NamedTuple):
@@ -145,10 +143,8 @@ def _config_name(arguments, default_config: str) -> str:
 def _check_sweep(arguments, mode: str, default_config: str) -> list[list[str]]:
     """Raise ConfigError for a run of the sweep that cannot work; returns the runs' overrides, where they are known ahead."""
     name = _config_name(arguments, default_config)
-    for override in arguments.overrides:
-        for beginning, plugin in PLUGINS.items():
-            if override.startswith(beginning) and find_spec(f"hydra_plugins.{plugin}") is None:
-                raise ConfigError(f"{override} needs pip install -r requirements_sweep.txt")
+    if "hydra/sweeper=optuna" in arguments.overrides and find_spec("optuna") is None:
+        raise ConfigError("hydra/sweeper=optuna needs pip install --no-deps -r requirements_optuna.txt")
     groups = {path.name: sorted(file.stem for file in path.glob("*.yaml")) for path in CONFIG_DIR.iterdir() if path.is_dir()}
     chosen = any(override.startswith("hydra/sweeper=") for override in arguments.overrides)
     planned = list(islice(jobs(arguments.overrides, groups), MOST_CHECKED if chosen else None))

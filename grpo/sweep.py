@@ -198,6 +198,8 @@ class Directory(Callback):
 
 def sweep(config_dir: Path, default_config: str, planned: list[list[str]]) -> int:
     """Run the sweep of the command line and write its table; returns the exit code. `planned`: overrides by number."""
+    if "hydra/sweeper=optuna" in sys.argv and not any(item.startswith("hydra.sweeper.direction=") for item in sys.argv):
+        sys.argv.append("hydra.sweeper.direction=maximize")  # of accuracy, where its own default is minimize
     sys.argv.append(f"+hydra.callbacks.directory._target_={__name__}.{Directory.__name__}")
     # submitit's processes import this module before they start the script.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -284,7 +286,7 @@ def plot(path: Path, found: list[Job], keys: list[str]) -> None:
         axes.vlines(before, place - 0.4, place + 0.4, color="tab:orange")
     names = [f"{job.number}: " + " ".join(f"{key}={job.value(key)}" for key in keys) for job in found]
     axes.set_yticks(range(len(found)), names, fontsize="small")
-    axes.invert_yaxis()
+    axes.set_ylim(len(found) - 0.5, -0.5)
     axes.set(xlim=(0, 1), xlabel="held-out accuracy, with 95% intervals (orange: before training)")
     axes.grid(alpha=0.3, axis="x")
     figure.savefig(path, dpi=120)
