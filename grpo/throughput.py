@@ -9,6 +9,7 @@ as its slowest side, and a fixed cost a step (`collection_s`).
 """
 
 import json
+import math
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -161,11 +162,12 @@ def predict(needed: Amounts, costs: Costs) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Overlap:
-    """What sampling beside training costs: factors of the phases on shared cores, and seconds a step."""
+    """What sampling beside training costs. The defaults are those of devices that nobody shares."""
 
-    generate: float = 1.0
+    generate: float = 1.0  # times as long as alone on the machine
     train: float = 1.0
-    step_s: float = 0.0
+    cores: float = math.inf  # that the sides share: they are busy together no longer than this many times the wall clock
+    step_s: float = 0.0  # besides
 
 
 def collection_s(seconds: dict[str, float], mode: str, steps: int, overlap: Overlap) -> float:
@@ -176,9 +178,9 @@ def collection_s(seconds: dict[str, float], mode: str, steps: int, overlap: Over
     if mode == "sync":
         return sum(seconds.values())
     engines = seconds["generate"] * overlap.generate
-    collectors = seconds["reward"] + seconds["reference"]
+    collectors = seconds["reward"] + seconds["reference"] * overlap.train
     driver = seconds["train"] * overlap.train + seconds["push"] + seconds["rest"]
-    return max(engines, collectors, driver) + steps * overlap.step_s
+    return max(engines, collectors, driver, (engines + collectors + driver) / overlap.cores) + steps * overlap.step_s
 
 
 @dataclass(frozen=True)

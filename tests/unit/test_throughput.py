@@ -113,6 +113,12 @@ def test_an_asynchronous_collection_is_as_long_as_its_slowest_side():
     assert collection_s(SECONDS, "async", 4, Overlap(generate=2, train=2, step_s=0.25)) == 11.0
 
 
+def test_sides_that_share_cores_are_busy_no_longer_than_the_cores():
+    assert collection_s(SECONDS, "async", 4, Overlap(cores=1)) == 10.0
+    assert collection_s(SECONDS, "async", 4, Overlap(train=2, cores=2)) == (5 + 2.5 + 6.5) / 2
+    assert collection_s(SECONDS, "async", 4, Overlap(cores=4)) == 5.0  # there the engines take longer
+
+
 @pytest.mark.parametrize("mode", ["sync", "async"])
 @pytest.mark.parametrize("name", ["responses", "response_tokens", "prompt_tokens"])
 def test_more_work_never_takes_less_time(mode, name):
