@@ -192,6 +192,8 @@ def make_plan(config: RunConfig) -> Plan:
         transport = "nccl" if sharing == 1 and config.inference_model.backend == "vllm" else "shared_memory"
     if transport == "nccl" and sharing != 1:
         raise ConfigError("train.weight_transport (nccl) needs a GPU of its own for each process: use shared_memory")
-    time = forecast(config, shape_of(model, parameters), device, torch.cuda.get_device_name() if gpus else None)
+    time = forecast(
+        config, shape_of(model, parameters), device, torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    )
     share = 1 / sharing if sharing else 0.0
     return Plan(device, roles, share, threads, transport, parameters, trained, memory, states, time)

@@ -241,13 +241,13 @@ def data_sheet_costs(sheet: DataSheet, measured: Costs) -> Costs:
 def forecast(config: RunConfig, shape: Shape, device: str, gpu: str | None) -> str:
     """The line of dry_run=true: seconds of a collection whose prompts and responses are as long as they may be.
 
-    gpu: what the GPU calls itself.
+    gpu: what the GPU calls itself, where this machine has one.
     """
     fit = fitted()
     if device == "cuda":
         known = [name for name in DATA_SHEETS if name in (gpu or "")]
         if not known:
-            return f"not estimated: no data sheet of {gpu} here"
+            return f"not estimated: no data sheet of {gpu or 'the GPUs'} here"
         costs, overlap = data_sheet_costs(DATA_SHEETS[known[0]], fit.costs), Overlap()
         source = f"an estimate from the data sheet of the {known[0]}, unmeasured"
     else:
