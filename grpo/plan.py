@@ -34,7 +34,6 @@ class Plan:
     trained: int  # of them, or the adapters' with LoRA
     memory_bytes: dict[str, int]  # estimate a role, weights, optimiser and key-value cache; activations come on top
     states_bytes: int  # of the driver: the hidden states that divergence=ot compares with, at full length
-    forecast: str  # of a collection's seconds
 
     @property
     def total_memory_bytes(self) -> int:
@@ -66,9 +65,14 @@ class Plan:
             * (budget is not None),
             f"samples           {config.train.total_dialog_turns} responses, each trained on {config.train.epochs} times",
             f"staleness         at most {config.staleness_bound} policy versions",
-            f"time              {self.forecast}",
+            f"time              {self._time(config)}",
         ]
         return "\n".join(lines)
+
+    def _time(self, config: RunConfig) -> str:
+        shape = shape_of(find_architecture(config.model.name, self.device), self.parameters)
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        return forecast(config, shape, self.device, gpu)
 
     def _trained(self, config: RunConfig) -> str:
         what = "LoRA adapters" if config.train_model.lora.enabled else "all"
@@ -192,8 +196,4 @@ def make_plan(config: RunConfig) -> Plan:
         transport = "nccl" if sharing == 1 and config.inference_model.backend == "vllm" else "shared_memory"
     if transport == "nccl" and sharing != 1:
         raise ConfigError("train.weight_transport (nccl) needs a GPU of its own for each process: use shared_memory")
-    time = forecast(
-        config, shape_of(model, parameters), device, torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    )
-    share = 1 / sharing if sharing else 0.0
-    return Plan(device, roles, share, threads, transport, parameters, trained, memory, states, time)
+    return Plan(device, roles, 1 / sharing if sharing else 0.0, threads, transport, parameters, trained, memory, states)
