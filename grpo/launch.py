@@ -167,7 +167,8 @@ def _check_sweep(arguments, mode: str, default_config: str) -> list[list[str]]:
             raise ConfigError(f"resume ({config.resume}) cannot be swept over: go on with each run by itself")
     plans = [checked(i, _plan, config, mode) for i, config in enumerate(configs)]
     if any(config.dry_run for config in configs):
-        print("\n\n".join(f"{its}\n{plan}" for its, plan in zip(which, plans, strict=True)))
+        described = (plan.describe(config) for plan, config in zip(plans, configs, strict=True))
+        print("\n\n".join(f"{run}\n{text}" for run, text in zip(which, described, strict=True)))
         sys.exit(0)
     return [] if chosen else [[item for item in its if not item.startswith("hydra")] for its in planned]
 
@@ -188,19 +189,19 @@ def _check(arguments, mode: str, default_config: str) -> tuple[Any, Path] | None
             plain = compose(name, others, SCRIPTS[mode].config)
             changed += [key for key in known_keys(type(config)) if key_value(plain, key) != key_value(config, key)]
         config = resumed_config(run_dir, changed, config)
-    described = _plan(config, mode)
+    plan = _plan(config, mode)
     if config.dry_run:
-        print(described)
+        print(plan.describe(config))
         sys.exit(0)
     return None if run_dir is None else (config, run_dir)
 
 
-def _plan(config: Any, mode: str) -> str:
-    """What `config` will use, as dry_run=true prints it; raises ConfigError where it cannot work here."""
+def _plan(config: Any, mode: str) -> Any:
+    """What `config` will use; raises ConfigError where it cannot work here."""
     if config.mode != mode:
         script, other = SCRIPTS[mode].file, SCRIPTS[config.mode].file
         raise ConfigError(f"mode ({config.mode}) must be {mode} for {script}: use {other}")
-    return importlib.import_module(SCRIPTS[mode].plan).make_plan(config).describe(config)
+    return importlib.import_module(SCRIPTS[mode].plan).make_plan(config)
 
 
 def _report(error: UserError) -> int:

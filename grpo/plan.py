@@ -69,11 +69,6 @@ class Plan:
         ]
         return "\n".join(lines)
 
-    def _time(self, config: RunConfig) -> str:
-        shape = shape_of(find_architecture(config.model.name, self.device), self.parameters)
-        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-        return forecast(config, shape, self.device, gpu)
-
     def _trained(self, config: RunConfig) -> str:
         what = "LoRA adapters" if config.train_model.lora.enabled else "all"
         passes = {"none": "float32", "bf16": "bfloat16", "fp16": "float16"}[config.train.mixed_precision]
@@ -83,6 +78,11 @@ class Plan:
         if not config.uses_reference:
             return "none"
         return "in processes of its own" if config.num_references else "the trainer without its adapters"
+
+    def _time(self, config: RunConfig) -> str:
+        shape = shape_of(find_architecture(config.model.name, self.device), self.parameters)
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        return forecast(config, shape, self.device, gpu)
 
 
 def resolve_device(device: str) -> str:
