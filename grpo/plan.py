@@ -17,6 +17,7 @@ from grpo.errors import ConfigError
 from grpo.four_bit import BYTES as FOUR_BITS
 from grpo.four_bit import check_four_bit
 from grpo.models import DTYPES, kv_cache_bytes, num_adapter_parameters, num_parameters, read_config
+from grpo.throughput import forecast, shape_of
 
 FLOAT32, FLOAT16 = 4, 2  # bytes
 LARGE = 1e9  # parameters from which a model needs a GPU to be of any use
@@ -67,6 +68,7 @@ class Plan:
             * (budget is not None),
             f"samples           {self._samples(config)}",
             f"staleness         at most {config.staleness_bound} policy versions",
+            f"time              {self._time(config)}",
         ]
         return "\n".join(lines)
 
@@ -86,6 +88,11 @@ class Plan:
         if not config.uses_reference:
             return "none"
         return "in processes of its own" if config.num_references else "the trainer without its adapters"
+
+    def _time(self, config: RunConfig) -> str:
+        shape = shape_of(find_architecture(config.model.name, self.device), self.parameters)
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        return forecast(config, shape, self.device, gpu)
 
 
 def resolve_device(device: str) -> str:
