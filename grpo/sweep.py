@@ -49,8 +49,7 @@ def parse_override(override: str) -> Override:
         raise ConfigError(f"{override} is not an override that can be read: write key=value") from None
 
 
-def _values(override: str, groups: dict[str, list[str]]) -> list[str]:
-    parsed = parse_override(override)
+def _values(override: str, parsed: Override, groups: dict[str, list[str]]) -> list[str]:
     if not parsed.is_sweep_override():
         return [override]
     swept = parsed.value()
@@ -68,9 +67,13 @@ def _values(override: str, groups: dict[str, list[str]]) -> list[str]:
 def jobs(overrides: list[str], groups: dict[str, list[str]]) -> Iterator[list[str]]:
     """The overrides of each of a sweep's runs, in Hydra's order: the last key changes fastest. Of an interval, its ends.
 
-    groups: the names in each configuration group, which `objective=glob(*)` means.
+    groups: the names in each configuration group, which `objective=glob(*)` means. Of a key that is typed twice the last counts.
     """
-    return map(list, product(*(_values(override, groups) for override in overrides)))
+    values = {}
+    for override in overrides:
+        parsed = parse_override(override)
+        values[parsed.get_key_element()] = _values(override, parsed, groups)
+    return map(list, product(*values.values()))
 
 
 def varying(overrides: list[list[str]]) -> list[str]:
