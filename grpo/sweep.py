@@ -67,7 +67,8 @@ def _values(override: str, parsed: Override, groups: dict[str, list[str]]) -> li
 def jobs(overrides: list[str], groups: dict[str, list[str]]) -> Iterator[list[str]]:
     """The overrides of each of a sweep's runs, in Hydra's order: the last key changes fastest. Of an interval, its ends.
 
-    groups: the names in each configuration group, which `objective=glob(*)` means. Of a key that is typed twice the last counts.
+    groups: the names in each configuration group, which `objective=glob(*)` means. Of a key that is typed twice the last
+    counts.
     """
     values = {}
     for override in overrides:
