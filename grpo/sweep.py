@@ -192,12 +192,13 @@ def run_job(config: DictConfig) -> float | None:
 
 
 class Directory(Callback):
-    """Remembers where Hydra puts the sweep, for the table."""
+    """Tells where Hydra puts the sweep, and remembers it for the table."""
 
     last: Path | None = None
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         Directory.last = Path(config.hydra.sweep.dir).absolute()
+        print(f"The sweep is in {os.path.relpath(Directory.last)}", flush=True)
 
 
 def sweep(config_dir: Path, default_config: str, planned: list[list[str]]) -> int:
