@@ -323,10 +323,9 @@ def plan(costs: Costs) -> None:
             print(f"| {gpus} | {mode} | {split} | {phases} | {total:.0f} | {rate:.0f} | {rate / gpus / per_gpu:.2f} |")
 
 
-def report(rows: list[dict], started: float | None) -> None:
+def report(rows: list[dict], took: dict) -> None:
     """Fit, check, keep and print."""
     kept, checked = fit_and_check(rows)
-    took = {} if started is None else {"took_s": round(time.perf_counter() - started, 1)}
     seen, unseen = errors(checked, True), errors(checked, False)
     save("throughput", CASES[0].compose(), {"fit": kept, "fitted": seen, "unseen": unseen, "configurations": checked} | took)
     write_whole(FITTED, json.dumps(kept, indent=2) + "\n")
@@ -352,29 +351,44 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fit", action="store_true", help="use the measurements of the result file")
     parser.add_argument("--plan", action="store_true", help="print the plan for GPUs")
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), help="measure these only; writes nothing")
+    parser.add_argument(
+        "--models", nargs="+", choices=list(MODELS), help="measure these only, and keep the rest of the result file"
+    )
     arguments = parser.parse_args()
     if arguments.plan:
         measured = json.loads(FITTED.read_text())["costs"] | {"reward": {"responses": 1 / (2 * GRADED_A_SECOND)}}
         plan(data_sheet_costs(DATA_SHEETS["H100"], measured))
         return
-    if arguments.fit:
-        report(json.loads((RESULTS / "throughput.json").read_text())["configurations"], None)
-        return
-    rows, started = [], time.perf_counter()
-    for model in arguments.models or MODELS:
+    rows, started = {}, time.perf_counter()
+    for model in [] if arguments.fit else arguments.models or MODELS:
         cases = [case for case in CASES if case.model == model]
         for row in measure_sync([case for case in cases if case.mode == "sync"]):
-            rows.append(row)
+            rows[key(row)] = row
             print(f"{model} {row['prompts']}x8x{row['max_tokens']}: {row['total']:.2f} s", flush=True)
         for case in cases:
             if case.mode == "async":
-                rows.append(measure_async(case))
-                print(f"{model} {case.prompts}x8x{case.max_tokens}, async: {rows[-1]['total']:.2f} s", flush=True)
-    if arguments.models:
-        print(json.dumps(rows))
+                row = measure_async(case)
+                rows[key(row)] = row
+                print(f"{model} {case.prompts}x8x{case.max_tokens}, async: {row['total']:.2f} s", flush=True)
+    if arguments.fit or arguments.models:
+        rows = kept_rows() | rows
+    there = [rows[key(asdict(case))] | asdict(case) for case in CASES if key(asdict(case)) in rows]
+    took = {} if arguments.fit else {"took_s": round(time.perf_counter() - started, 1)}
+    if len(there) < len(CASES):
+        save("throughput", CASES[0].compose(), {"configurations": there} | took)
+        print(f"{len(there)} of {len(CASES)} configurations are measured: nothing is fitted yet")
     else:
-        report(rows, started)
+        report(there, took)
+
+
+def key(row: dict) -> tuple:
+    """Which configuration it is, fitted or not."""
+    return tuple(row[name] for name in Case.__dataclass_fields__ if name != "is_fitted")
+
+
+def kept_rows() -> dict[tuple, dict]:
+    path = RESULTS / "throughput.json"
+    return {key(row): row for row in json.loads(path.read_text())["configurations"]} if path.is_file() else {}
 
 
 if __name__ == "__main__":

@@ -49,8 +49,7 @@ def parse_override(override: str) -> Override:
         raise ConfigError(f"{override} is not an override that can be read: write key=value") from None
 
 
-def _values(override: str, groups: dict[str, list[str]]) -> list[str]:
-    parsed = parse_override(override)
+def _values(override: str, parsed: Override, groups: dict[str, list[str]]) -> list[str]:
     if not parsed.is_sweep_override():
         return [override]
     swept = parsed.value()
@@ -68,9 +67,14 @@ def _values(override: str, groups: dict[str, list[str]]) -> list[str]:
 def jobs(overrides: list[str], groups: dict[str, list[str]]) -> Iterator[list[str]]:
     """The overrides of each of a sweep's runs, in Hydra's order: the last key changes fastest. Of an interval, its ends.
 
-    groups: the names in each configuration group, which `objective=glob(*)` means.
+    groups: the names in each configuration group, which `objective=glob(*)` means. Of a key that is typed twice the last
+    counts.
     """
-    return map(list, product(*(_values(override, groups) for override in overrides)))
+    values = {}
+    for override in overrides:
+        parsed = parse_override(override)
+        values[parsed.get_key_element()] = _values(override, parsed, groups)
+    return map(list, product(*values.values()))
 
 
 def varying(overrides: list[list[str]]) -> list[str]:
@@ -188,12 +192,13 @@ def run_job(config: DictConfig) -> float | None:
 
 
 class Directory(Callback):
-    """Remembers where Hydra puts the sweep, for the table."""
+    """Tells where Hydra puts the sweep, and remembers it for the table."""
 
     last: Path | None = None
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         Directory.last = Path(config.hydra.sweep.dir).absolute()
+        print(f"The sweep is in {os.path.relpath(Directory.last)}", flush=True)
 
 
 def sweep(config_dir: Path, default_config: str, planned: list[list[str]]) -> int:

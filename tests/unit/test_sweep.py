@@ -70,6 +70,10 @@ def test_jobs_come_in_hydras_order():
     ]
 
 
+def test_of_a_key_that_is_typed_twice_the_last_counts():
+    assert list(jobs(["a=1", "b=2,3", "a=4,5", "b=6"], {})) == [["a=4", "b=6"], ["a=5", "b=6"]]
+
+
 def test_a_pattern_means_the_names_of_its_group():
     groups = {"objective": ["dapo", "dr_grpo", "grpo"]}
     assert list(jobs(["objective=glob(d*)"], groups)) == [["objective=dapo"], ["objective=dr_grpo"]]
