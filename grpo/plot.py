@@ -229,7 +229,9 @@ def draw(figure: Figure, runs: Sequence[Drawn]) -> None:
         axes.grid(axis="x" if isinstance(panel, Phases) else "y", **GRID)
         axes.set_axisbelow(True)
         axes.margins(x=0.02)
-        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 4, 5, 10]))
+        if not isinstance(panel, Phases):
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         if i + columns >= len(panels) and not isinstance(panel, Phases):
             axes.set_xlabel("optimiser step", fontsize="small", color=MUTED)
         panel.draw(axes, runs)

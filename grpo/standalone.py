@@ -4,6 +4,7 @@
          <──── ready ────
          ──prompts, part───> reseed, add, step while there is work; then wait for the next ones
          <──── Completions as they finish ────
+         ──end of the pipe──> end
 
 The process ends with the tool, however that ends, and gives its memory back before the next model needs it.
 """
@@ -22,6 +23,8 @@ import psutil
 from grpo.errors import ActorError, UserError
 from grpo.inference import EngineSpec, Request, Sampling, engine_environment, make_engine
 from grpo.rollout import Completions
+
+END_S = 5.0  # in which a process that has no more to do ends by itself
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,8 @@ def started(spec: EngineSpec, start_timeout_s: float, timeout_s: float) -> Itera
         engine = RunningEngine(spec.model, process, connection, timeout_s)
         engine.receive("starting", start_timeout_s, "ray.start_timeout_s")
         yield engine
+        connection.close()  # which it takes as the end, and gives back what a kill would leave behind
+        process.join(END_S)
     finally:
         with suppress(psutil.NoSuchProcess):  # it may end by itself meanwhile
             for child in psutil.Process(process.pid).children(recursive=True):  # of an engine on several GPUs
@@ -122,7 +127,10 @@ def _serve(connection: Connection, spec: EngineSpec) -> None:
         engine = make_engine(spec)
         connection.send(None)
         while True:
-            prompts, part = connection.recv()
+            try:
+                prompts, part = connection.recv()
+            except EOFError:  # the tool has no more to ask
+                return
             engine.reseed(part.seed)
             for i, prompt in enumerate(prompts):
                 engine.add(Request(i, prompt, part.sampling))

@@ -116,6 +116,20 @@ def test_a_character_of_several_tokens_belongs_to_the_last_of_them():
     assert view.pieces([2, 4, 5], decode) == ["", "� b", "�"]  # bytes that are no character lose nothing
 
 
+def test_the_space_that_sentencepiece_drops_at_a_start_is_put_back():
+    class Tokenizer:
+        words = {1: "▁two", 2: "words", 3: "</s>"}
+
+        def convert_ids_to_tokens(self, token: int) -> str:
+            return self.words[token]
+
+        def decode(self, ids: list[int], **settings: bool) -> str:
+            assert settings == {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+            return "".join(self.words[i] for i in ids).replace("▁", " ").removeprefix(" ")
+
+    assert view.pieces([1, 2, 1, 3], view.decoder(Tokenizer())) == [" two", "words", " two", "</s>"]
+
+
 def test_a_long_run_is_thinned_out_evenly_and_in_whole_groups(tmp_path):
     lines = [
         line(step, 100 * step + g, i, "x", "wrong", 0.2, None) for step in range(1, 11) for g in range(8) for i in range(3)
