@@ -221,6 +221,7 @@ def test_a_device_that_is_not_there_is_refused():
 
 def test_auto_takes_the_gpu_where_there_is_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     assert resolve_device("auto") == "cuda"
     assert resolve_device("cpu") == "cpu"
 
@@ -228,6 +229,7 @@ def test_auto_takes_the_gpu_where_there_is_one(monkeypatch):
 @pytest.mark.parametrize(("gpus", "share"), [(1, 1 / 3), (2, 1 / 2), (3, 1.0), (8, 1.0)])
 def test_processes_share_gpus_where_there_are_fewer(monkeypatch, gpus, share):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     assert plan_of("device=cuda").gpus_per_process == pytest.approx(share)
     assert f"{share:.2g} GPU a process" in plan_of("device=cuda").describe(compose("grpo_arithmetic", []))
