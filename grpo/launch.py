@@ -92,15 +92,14 @@ def launch(mode: str, default_config: str, main: Callable[[Any, Path], None]) ->
     information = arguments.help or arguments.hydra_help or arguments.info or arguments.cfg
     resumed = None
     try:
-        if arguments.multirun:
+        if arguments.multirun and not information:
             planned = _check_sweep(arguments, mode, default_config)
-        elif not information:
+            starting.close()
+            sys.exit(sweep(CONFIG_DIR, default_config, planned))
+        if not information:
             resumed = _check(arguments, mode, default_config)
     except UserError as error:
         sys.exit(_report(error))
-    if arguments.multirun:
-        starting.close()
-        sys.exit(sweep(CONFIG_DIR, default_config, planned))
 
     def run(config: Any, run_dir: Path) -> None:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # TorchRL imports vLLM here too

@@ -143,11 +143,12 @@ def _handed_on(child: list[subprocess.Popen]) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _reason(code: int, output: Path) -> str:
-    """Why the run that wrote `output` ended with exit code `code`, in one line."""
+def _reason(code: int, output: Path, start: int) -> str:
+    """Why the run that wrote `output` from byte `start` on ended with exit code `code`, in one line."""
     if code < 0:
         return f"killed by {signal.Signals(-code).name}; see {output}"
-    lines = [line.strip() for line in output.read_text(errors="replace").splitlines() if line.strip()]
+    written = output.read_bytes()[start:].decode(errors="replace")
+    lines = [line.strip() for line in written.splitlines() if line.strip()]
     said = [line.removeprefix("Error: ") for line in lines if line.startswith(("Error: ", "Ended by "))]
     last = (said or lines or [f"exit code {code}"])[-1]
     return one_line(Exception(last))[:LONGEST_REASON] + ("" if said else f"; see {output}")
@@ -173,17 +174,18 @@ def run_job(config: DictConfig) -> float | None:
     note("did not end, or was killed with the process that had started it")
     came: list[int] = []
     if not (run_dir / SUMMARY).is_file():
-        print(f"Run {number}: {' '.join(overrides)}", flush=True)
+        print(f"Run {number}: its output is in {os.path.relpath(run_dir / OUTPUT)}", flush=True)
         command = [sys.executable, str(ROOT / f"grpo_{config.mode}.py"), "--config-name", told.job.config_name, *overrides]
         if not any(item.startswith("logging.progress=") for item in overrides):
             command.append("logging.progress=false")
-        command += [f"hydra.run.dir={run_dir}", "resume=auto"]
+        command += [f"hydra.run.dir='{run_dir}'", "resume=auto"]
         child: list[subprocess.Popen] = []
         with open(run_dir / OUTPUT, "a") as output, _handed_on(child) as came:
+            start = output.tell()
             # A session of its own, so that Ctrl-C reaches it once, from here.
             child.append(subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True))
             code = child[0].wait()
-        note(_reason(code, run_dir / OUTPUT) if code else None)
+        note(_reason(code, run_dir / OUTPUT, start) if code else None)
     job = read_job(run_dir)
     print(f"Run {number}: {job.told()}", flush=True)
     if came:
@@ -208,7 +210,7 @@ def sweep(config_dir: Path, default_config: str, planned: list[list[str]]) -> in
     sys.argv.append(f"+hydra.callbacks.directory._target_={__name__}.{Directory.__name__}")
     # submitit's processes import this module before they start the script.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    code = 0
+    code, Directory.last = 0, None
     try:
         hydra.main(version_base="1.3", config_path=str(config_dir), config_name=default_config)(run_job)()
     except KeyboardInterrupt:

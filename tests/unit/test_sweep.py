@@ -12,7 +12,7 @@ import pytest
 import grpo.sweep
 from grpo.errors import ConfigError
 from grpo.launch import CONFIG_DIR
-from grpo.sweep import Job, jobs, read_jobs, sweep, varying, write_table
+from grpo.sweep import Job, _reason, jobs, read_jobs, sweep, varying, write_table
 
 # What the sweep's jobs start in place of grpo_sync.py: it ends in the way that its learning rate says.
 SCRIPT = """
@@ -20,7 +20,7 @@ import json, os, signal, sys, time
 from pathlib import Path
 
 typed = dict(item.split("=", 1) for item in sys.argv[1:] if "=" in item)
-run_dir = Path(typed["hydra.run.dir"])
+run_dir = Path(typed["hydra.run.dir"].strip("'"))
 assert typed["resume"] == "auto" and typed["logging.progress"] == "false", typed
 (run_dir / "typed").open("a").write(" ".join(sys.argv[1:3]))
 lr = float(typed["optimizer.lr"])
@@ -121,6 +121,17 @@ def test_the_same_sweep_again_leaves_out_what_has_ended(run_sweep):
     assert code == 1
     assert (where / "0" / "typed").read_text().count("--config-name") == 1
     assert (where / "1" / "typed").read_text().count("--config-name") == 2
+
+
+def test_a_reason_is_that_of_the_last_attempt(tmp_path):
+    output = tmp_path / "output.log"
+    output.write_text("Error: of the first\n")
+    start = output.stat().st_size
+    assert _reason(1, output, 0) == "of the first"
+    with open(output, "a") as file:
+        file.write("Traceback\nValueError: of the second\n")
+    assert _reason(1, output, start) == f"ValueError: of the second; see {output}"
+    assert _reason(3, output, output.stat().st_size) == f"exit code 3; see {output}"
 
 
 def test_another_sweep_in_the_same_directory_is_refused(run_sweep, capsys):
