@@ -42,6 +42,12 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 LONGEST_REASON = 300  # characters
 
 
+def add_override(override: str, typed: list[str]) -> None:
+    """Add an override to the command line, next to those that were `typed`: argparse takes them in one row only."""
+    sys.argv.insert(sys.argv.index(typed[0]) if typed else len(sys.argv), override)
+    typed.insert(0, override)
+
+
 def parse_override(override: str) -> Override:
     try:
         return OverridesParser.create().parse_override(override)
@@ -203,11 +209,11 @@ class Directory(Callback):
         print(f"The sweep is in {os.path.relpath(Directory.last)}", flush=True)
 
 
-def sweep(config_dir: Path, default_config: str, planned: list[list[str]]) -> int:
+def sweep(config_dir: Path, default_config: str, typed: list[str], planned: list[list[str]]) -> int:
     """Run the sweep of the command line and write its table; returns the exit code. `planned`: overrides by number."""
-    if "hydra/sweeper=optuna" in sys.argv and not any(item.startswith("hydra.sweeper.direction=") for item in sys.argv):
-        sys.argv.append("hydra.sweeper.direction=maximize")  # of accuracy, where its own default is minimize
-    sys.argv.append(f"+hydra.callbacks.directory._target_={__name__}.{Directory.__name__}")
+    if "hydra/sweeper=optuna" in typed and not any(item.startswith("hydra.sweeper.direction=") for item in typed):
+        add_override("hydra.sweeper.direction=maximize", typed)  # of accuracy, where its own default is minimize
+    add_override(f"+hydra.callbacks.directory._target_={__name__}.{Directory.__name__}", typed)
     # submitit's processes import this module before they start the script.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     code, Directory.last = 0, None

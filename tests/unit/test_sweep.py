@@ -52,9 +52,10 @@ def run_sweep(tmp_path, monkeypatch):
 
     def run(*values: str, planned: bool = True) -> tuple[int, Path]:
         where, swept = tmp_path / "sweep", f"optimizer.lr={','.join(values)}"
-        monkeypatch.setattr(sys, "argv", ["grpo_sync.py", "--multirun", swept, "seed=1", f"hydra.sweep.dir={where}"])
-        overrides = list(jobs([swept, "seed=1"], {})) if planned else []
-        return sweep(CONFIG_DIR, "grpo_arithmetic", overrides), where
+        typed = [swept, "seed=1", f"hydra.sweep.dir={where}"]
+        monkeypatch.setattr(sys, "argv", ["grpo_sync.py", *typed, "--multirun"])
+        overrides = list(jobs(typed[:2], {})) if planned else []
+        return sweep(CONFIG_DIR, "grpo_arithmetic", typed, overrides), where
 
     return run
 
