@@ -272,6 +272,7 @@ PLANNED = Shape(7_615_616_512, layers=28, hidden=3584, vocabulary=152_064, kv_wi
 GPUS, RESPONSES_A_GPU = (8, 64, 512), 64
 MICRO_BATCH_TOKENS = 16_384
 GRADED_A_SECOND = 8_700  # gsm8k, a process: benchmarks/results/grading.json
+DRIVER_S = 41e-6  # a response, of everything but the models' work: benchmarks/results/scaling.json
 TRAINER_BYTES = 64e9  # of a GPU's 80e9, activations not counted
 
 
@@ -356,7 +357,8 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     if arguments.plan:
-        measured = json.loads(FITTED.read_text())["costs"] | {"reward": {"responses": 1 / (2 * GRADED_A_SECOND)}}
+        measured = json.loads(FITTED.read_text())["costs"]
+        measured |= {"reward": {"responses": 1 / (2 * GRADED_A_SECOND)}, "rest": {"responses": DRIVER_S}}
         plan(data_sheet_costs(DATA_SHEETS["H100"], measured))
         return
     rows, started = {}, time.perf_counter()
