@@ -62,11 +62,14 @@ def _values(override: str, parsed: Override, groups: dict[str, list[str]]) -> li
     if parsed.is_interval_sweep():
         values = [str(swept.start), str(swept.end)]
     elif isinstance(swept, Glob):
-        values = swept.filter(groups.get(parsed.key_or_group, []))
+        if parsed.key_or_group not in groups:
+            raise ConfigError(f"{override}: a pattern needs a group of configurations, {' or '.join(sorted(groups))}")
+        names = groups[parsed.key_or_group]
+        values = swept.filter(names)
+        if not values:
+            raise ConfigError(f"{override}: nothing there has such a name; there are {', '.join(names)}")
     else:
         values = list(parsed.sweep_string_iterator())
-    if not values:
-        raise ConfigError(f"{override}: there is nothing of that name; there are {', '.join(groups)}")
     return [f"{parsed.get_key_element()}={value}" for value in values]
 
 

@@ -78,8 +78,10 @@ def test_of_a_key_that_is_typed_twice_the_last_counts():
 def test_a_pattern_means_the_names_of_its_group():
     groups = {"objective": ["dapo", "dr_grpo", "grpo"]}
     assert list(jobs(["objective=glob(d*)"], groups)) == [["objective=dapo"], ["objective=dr_grpo"]]
-    with pytest.raises(ConfigError, match="there is nothing of that name"):
+    with pytest.raises(ConfigError, match="nothing there has such a name; there are dapo, dr_grpo, grpo"):
         list(jobs(["objective=glob(z*)"], groups))
+    with pytest.raises(ConfigError, match="a pattern needs a group of configurations, objective"):
+        list(jobs(["seed=glob(*)"], groups))
 
 
 def test_of_an_interval_the_ends_are_looked_at():
