@@ -27,7 +27,7 @@ from grpo.errors import ConfigError, UserError, one_line
 from grpo.offline_config import OfflineConfig
 from grpo.preemption import GraceOver, Preempted
 from grpo.resume import find_run, key_value, resumed_config
-from grpo.sweep import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PREEMPTED, jobs, parse_override, sweep, varying
+from grpo.sweep import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PREEMPTED, add_override, jobs, parse_override, sweep, varying
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "config"
 MOST_CHECKED = 64  # runs of a sweep, before the first one starts
@@ -86,21 +86,20 @@ def launch(mode: str, default_config: str, main: Callable[[Any, Path], None]) ->
     """
     starting = ExitStack()
     starting.enter_context(deferred_interrupt())
-    if mode == "async" and not any(argument.startswith("mode=") for argument in sys.argv[1:]):
-        sys.argv.append("mode=async")  # which the configurations, made for both, do not say
     arguments = get_args_parser().parse_args()
+    if mode == "async" and not any(override.startswith("mode=") for override in arguments.overrides):
+        add_override("mode=async", arguments.overrides)  # which the configurations, made for both, do not say
     information = arguments.help or arguments.hydra_help or arguments.info or arguments.cfg
     resumed = None
     try:
-        if arguments.multirun:
+        if arguments.multirun and not information:
             planned = _check_sweep(arguments, mode, default_config)
-        elif not information:
+            starting.close()
+            sys.exit(sweep(CONFIG_DIR, default_config, arguments.overrides, planned))
+        if not information:
             resumed = _check(arguments, mode, default_config)
     except UserError as error:
         sys.exit(_report(error))
-    if arguments.multirun:
-        starting.close()
-        sys.exit(sweep(CONFIG_DIR, default_config, planned))
 
     def run(config: Any, run_dir: Path) -> None:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # TorchRL imports vLLM here too
