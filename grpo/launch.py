@@ -8,10 +8,10 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -26,7 +26,7 @@ from grpo.config import RunConfig, check_keys, from_dictconfig, known_keys, read
 from grpo.errors import ConfigError, UserError, one_line
 from grpo.offline_config import OfflineConfig
 from grpo.preemption import GraceOver, Preempted
-from grpo.resume import find_run, key_value, resumed_config
+from grpo.resume import Config, find_run, key_value, resumed_config
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "config"
 EXIT_ERROR = 1
@@ -50,7 +50,7 @@ SCRIPTS = {
 }
 
 
-def compose(config_name: str, overrides: list[str], cls: type = RunConfig) -> Any:
+def compose(config_name: str, overrides: Sequence[str] = (), cls: type[Config] = RunConfig) -> Config:
     """The checked configuration of config/`config_name`.yaml with `overrides`; raises ConfigError in one line.
 
     Only keys of `cls` may be overridden.
@@ -59,7 +59,7 @@ def compose(config_name: str, overrides: list[str], cls: type = RunConfig) -> An
     try:
         check_keys([_parse(override).key_or_group for override in overrides], groups, cls)
         with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            return from_dictconfig(hydra.compose(config_name, overrides=overrides))
+            return from_dictconfig(hydra.compose(config_name, overrides=list(overrides)))
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(readable(error)) from None
 
@@ -92,7 +92,7 @@ def deferred_interrupt() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def launch(mode: str, default_config: str, main: Callable[[Any, Path], None]) -> None:
+def launch(mode: str, default_config: str, main: Callable[[Config, Path], None]) -> None:
     """Run `main(config, run_dir)` under Hydra, or go on with the run that resume= means; the exit codes are above.
 
     User errors end in one line on stderr.
@@ -110,7 +110,7 @@ def launch(mode: str, default_config: str, main: Callable[[Any, Path], None]) ->
     except UserError as error:
         sys.exit(_report(error))
 
-    def run(config: Any, run_dir: Path) -> None:
+    def run(config: Config, run_dir: Path) -> None:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # TorchRL imports vLLM here too
         try:
             importlib.import_module(SCRIPTS[mode].parts)
@@ -140,7 +140,7 @@ def launch(mode: str, default_config: str, main: Callable[[Any, Path], None]) ->
     under_hydra()
 
 
-def _check(arguments, mode: str, default_config: str) -> tuple[Any, Path] | None:
+def _check(arguments, mode: str, default_config: str) -> tuple[Config, Path] | None:
     """Raise ConfigError for what cannot work; returns the run to go on with, if that was asked for."""
     name = arguments.config_name or default_config
     if not (CONFIG_DIR / f"{name.removesuffix('.yaml')}.yaml").is_file():
