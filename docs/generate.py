@@ -192,6 +192,7 @@ ARCHITECTURES: dict[str, PreTrainedConfig] = {
         num_key_value_heads=8,
         intermediate_size=8192,
         vocab_size=128256,
+        max_position_embeddings=131072,
         tie_word_embeddings=True,
     ),
     "Qwen2.5-1.5B": qwen2(1536, 28, 12, 2, 8960, 151936, True),

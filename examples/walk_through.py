@@ -13,7 +13,7 @@ from pathlib import Path
 import grpo
 
 OVERRIDES = [
-    f"env.reward_fn={__file__}:brief_and_right",
+    f"env.reward_fn={__file__}:right_and_tagged",
     "env.test_size=200",
     "train.total_dialog_turns=4096",
     "train.eval_frequency=0",
@@ -22,13 +22,12 @@ OVERRIDES = [
 ]
 
 
-def brief_and_right(prompts: list[str], responses: list[str], answers: list[str]) -> list[float]:
-    """1 for the right answer in a tag, 0.2 for any in a tag, less a little for every character."""
+def right_and_tagged(prompts: list[str], responses: list[str], answers: list[str]) -> list[float]:
+    """1 for the right answer in a tag at the end, 0.2 for any."""
     rewards = []
     for response, answer in zip(responses, answers, strict=True):
-        tagged = 0.2 * (response.count("<answer>") == 1 and response.endswith("</answer>"))
-        right = 0.8 * response.endswith(f"<answer>{answer}</answer>")
-        rewards.append(tagged + right - 0.001 * len(response))
+        tagged = response.count("<answer>") == 1 and response.endswith("</answer>")
+        rewards.append(0.2 * tagged + 0.8 * (tagged and response.endswith(f"<answer>{answer}</answer>")))
     return rewards
 
 
