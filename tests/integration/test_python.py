@@ -10,6 +10,7 @@ import pytest
 
 import grpo
 from examples import walk_through
+from grpo.preemption import Preempted
 
 from .conftest import SMALL
 
@@ -36,10 +37,9 @@ def test_the_walk_through_trains_compares_and_shows(model_path, tmp_path, monkey
     assert f"\n{len(mended)} problems that were answered wrong before are answered right now\n" in said
 
 
+@pytest.mark.slow
 def test_a_whole_run_is_one_call_and_going_on_with_it_another(model_path, tmp_path):
     config = grpo.compose("grpo_arithmetic", [*QUICK, "train.max_wall_time=1"])
-    from grpo.preemption import Preempted
-
     with pytest.raises(Preempted):
         grpo.train(config, tmp_path / "run")
     with pytest.raises(grpo.UserError, match="holds a run already: type resume="):
