@@ -151,9 +151,11 @@ def configuration() -> str:
         found = keys(cls, prefix)
         online |= {key.name: key for key in found}
         parts += [f"## {prefix.removesuffix('.') or 'The run'}", sentence(cls), key_table(found)]
-    parts += ["# Offline runs: grpo_offline.py", "Keys that are not here are those of online runs, in the same sections."]
-    for prefix, cls in sections(OfflineConfig):
-        own = [key for key in keys(cls, prefix) if online.get(key.name) != key]
+    offline = [(prefix, cls, keys(cls, prefix)) for prefix, cls in sections(OfflineConfig)]
+    alike = [f"`{key.name}`" for _, _, found in offline for key in found if online.get(key.name) == key]
+    parts += ["# Offline runs: grpo_offline.py", f"These keys are as in online runs: {', '.join(alike)}."]
+    for prefix, cls, found in offline:
+        own = [key for key in found if online.get(key.name) != key]
         if own:
             parts += [f"## {prefix.removesuffix('.') or 'The run'}, offline", sentence(cls), key_table(own)]
     parts += [

@@ -58,7 +58,7 @@ class EnvConfig:
     grading_memory_gb: float = 4.0  # GB a grading process; one that needs more is replaced, its response a grader_error
     num_envs: int = 64  # groups in flight at an engine
     repeats: int = 8  # group size K: responses sampled for a prompt
-    max_prompt_length: int = 256  # tokens; longer prompts are dropped and counted
+    max_prompt_length: int = 256  # tokens of a prompt; longer ones are dropped and counted
     validation_size: int = 500  # prompts held out for eval_frequency
     test_size: int = 1000  # held-out prompts of the before/after comparison, at most
 
@@ -108,8 +108,10 @@ class ModelConfig:
 
     name: str = "Qwen/Qwen2.5-3B-Instruct"  # a directory in transformers format, a hub name, or builtin/arithmetic
     cache_dir: str = ".cache"  # where builtin models are kept once made
-    attn_implementation: str = "sdpa"  # of the trainer and the reference, as transformers names them
-    matmul_precision: str = "highest"  # of their float32 products; high and medium may round them to TF32 and bfloat16
+    attn_implementation: str = "sdpa"  # attention of trainer and reference, as transformers names it
+    matmul_precision: str = (
+        "highest"  # of trainer's and reference's float32 products; high, medium may round to TF32, bfloat16
+    )
 
     def __post_init__(self) -> None:
         _one_of("model.matmul_precision", self.matmul_precision, ("highest", "high", "medium"))
@@ -226,7 +228,9 @@ class ObjectiveConfig:
     clip_high: float = 0.2  # the upper end of that
     aggregation: str = "response"  # mean over tokens, then responses; token: over all tokens; constant: over their budget
     baseline: str = "mean"  # what a reward is compared with: the group's mean; leave_one_out: the others' mean
-    advantage_scale: str = "group"  # what that is divided by: the group's standard deviation; batch: the collection's; none
+    advantage_scale: str = (
+        "group"  # the difference is divided by the group's standard deviation; batch: the collection's; none
+    )
     divergence: str = "k3"  # weighed by train.kl_to_ref_coeff: k1, k2, k3, kl (a hinge on a response), ot (on hidden states)
     kl_margin: float = 0.05  # nats a token below which a response costs nothing
     ot_anchor: str = "reference"  # whose states count; old: the policy's own before the collection's first step
@@ -364,9 +368,9 @@ class SinksConfig:
 
     progress: bool = True  # a progress bar on stderr
     wandb: bool = False  # Weights & Biases, offline where it has no key
-    project: str = "grpo"  # of Weights & Biases
-    run_name: str | None = None  # there; the run directory's name by default
-    tensorboard: bool = False  # the run directory's tensorboard/
+    project: str = "grpo"  # in Weights & Biases
+    run_name: str | None = None  # in Weights & Biases; the run directory's name by default
+    tensorboard: bool = False  # TensorBoard, in the run directory's tensorboard/
 
 
 @dataclass
