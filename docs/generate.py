@@ -53,7 +53,7 @@ def meanings(cls: type) -> dict[str, str]:
         for node in ast.parse(source).body[0].body:
             if isinstance(node, ast.AnnAssign):
                 above = list(takewhile(alone, count(node.lineno - 1, -1)))[::-1]
-                lines = above + [node.end_lineno] * (node.end_lineno in comments)
+                lines = above + [line for line in range(node.lineno, node.end_lineno + 1) if line in comments]
                 found[node.target.id] = " ".join(comments[line].string.lstrip("# ") for line in lines)
     return found
 

@@ -109,9 +109,7 @@ class ModelConfig:
     name: str = "Qwen/Qwen2.5-3B-Instruct"  # a directory in transformers format, a hub name, or builtin/arithmetic
     cache_dir: str = ".cache"  # where builtin models are kept once made
     attn_implementation: str = "sdpa"  # attention of trainer and reference, as transformers names it
-    matmul_precision: str = (
-        "highest"  # of trainer's and reference's float32 products; high, medium may round to TF32, bfloat16
-    )
+    matmul_precision: str = "highest"  # of float32 products: high and medium may round them to TF32 and bfloat16
 
     def __post_init__(self) -> None:
         _one_of("model.matmul_precision", self.matmul_precision, ("highest", "high", "medium"))
