@@ -203,7 +203,7 @@ ARCHITECTURES: dict[str, PreTrainedConfig] = {
 }
 SETTINGS = {  # of the trainer: adapters, optimizer.name
     "all weights, adamw": (False, "adamw"),
-    "all weights, sgd": (False, "sgd"),
+    "all weights, adamw_8bit": (False, "adamw_8bit"),
     "LoRA, adamw": (True, "adamw"),
 }
 
@@ -221,7 +221,7 @@ def memory() -> str:
         for setting, (adapters, optimizer) in SETTINGS.items():
             trained = num_adapter_parameters(model, LoraConfig(enabled=True)) if adapters else parameters
 
-            def rank(ranks: int, sizes: tuple = (parameters, trained, adapters, optimizer)) -> int:
+            def rank(ranks: int, sizes: tuple = (parameters, 0, trained, adapters, optimizer)) -> int:
                 return trainer_bytes(*sizes, ranks)
 
             each = [f"{rank(n) / GIB:.1f}" for n in (1, 4)]

@@ -149,6 +149,7 @@ BAD_VALUES = [
     (["inference_model.temperature=0"], "inference_model.temperature (0.0) must be above 0"),
     (["inference_model.temperature=-1"], "inference_model.temperature (-1.0) must be above 0"),
     (["inference_model.temperature=nan"], "inference_model.temperature (nan) must be above 0"),
+    (["inference_model.temperature=2.1"], "inference_model.temperature (2.1) must be at most 2 with backend=vllm"),
     (["inference_model.top_p=0"], "inference_model.top_p (0.0) must be in (0, 1]"),
     (["inference_model.top_p=1.1"], "inference_model.top_p (1.1) must be in (0, 1]"),
     (
@@ -195,7 +196,7 @@ BAD_VALUES = [
     (["train.kl_to_inference_coeff=inf"], "train.kl_to_inference_coeff (inf) must be at least 0"),
     (["train.entropy_coeff=-1"], "train.entropy_coeff (-1.0) must be at least 0"),
     (["train.eval_frequency=-1"], "train.eval_frequency (-1) must be at least 0"),
-    (["optimizer.name=lion"], "optimizer.name (lion) must be one of adamw, adamw_offload, adam, sgd"),
+    (["optimizer.name=lion"], "optimizer.name (lion) must be one of adamw, adamw_offload, adamw_8bit, adam, sgd"),
     (["optimizer.lr=0"], "optimizer.lr (0.0) must be above 0"),
     (["optimizer.lr=inf"], "optimizer.lr (inf) must be above 0"),
     (["optimizer.lr=nan"], "optimizer.lr (nan) must be above 0"),
@@ -234,7 +235,27 @@ BAD_VALUES = [
         ["train.buffer_size=1024"],
         "train.buffer_size (1024) must equal train.dialog_turns_per_batch (512) in sync mode",
     ),
+    (
+        ["train_model.quantization.enabled=true"],
+        "train_model.quantization.enabled (True) needs train_model.lora.enabled=true: weights of 4 bits do not train",
+    ),
+    (
+        ["train_model.lora.enabled=true", "ref_model.quantization.enabled=true"],
+        "ref_model.quantization.enabled (True) needs ref_model.num_devices of at least 1, or "
+        "train_model.quantization.enabled=true",
+    ),
+    (
+        ["train_model.lora.enabled=true", "train_model.quantization.enabled=true", "ref_model.quantization.enabled=false"],
+        "ref_model.quantization.enabled (False) needs ref_model.num_devices of at least 1",
+    ),
     (["device=mps"], "device (mps) needs inference_model.backend=transformers"),
+    (["train.replay=twice"], "train.replay (twice) must be one of once, uniform"),
+    (["train.replay=uniform"], "train.replay (uniform) is of async mode"),
+    (["mode=async", "train.replay=uniform", "train.epochs=2"], "train.epochs (2) must be 1 with train.replay=uniform"),
+    (
+        ["mode=async", "train.replay=uniform", "train.max_staleness=0"],
+        "train.max_staleness (0) must be at least 1 with train.replay=uniform",
+    ),
 ]
 
 

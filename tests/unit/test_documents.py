@@ -27,7 +27,7 @@ import grpo
 import grpo_async
 import grpo_sync
 from docs.generate import ARCHITECTURES, DOCS
-from grpo import evaluate, launch
+from grpo import evaluate, generate, launch
 from grpo.config import RENAMED, LoraConfig, RunConfig, known_keys
 from grpo.errors import ConfigError
 from grpo.launch import compose
@@ -50,6 +50,9 @@ ELSEWHERE = {
     "python grpo_offline.py": "tests/integration/test_offline.py::"
     "test_the_policy_learns_to_rank_the_right_completion_of_held_out_prompts_first",
     "python -m grpo.evaluate": "tests/integration/test_evaluate.py::test_before_and_after_are_those_that_the_run_measured",
+    "python -m grpo.generate": "tests/integration/test_generate.py::"
+    "test_a_question_gets_the_response_that_an_evaluation_has_and_its_answer",
+    "python -m grpo.sweep": "tests/unit/test_sweep.py::test_a_table_is_made_again_from_the_directories_alone",
     "python -m grpo.transport_plot": "tests/unit/test_transport_plot.py::"
     "test_the_command_writes_a_picture_and_refuses_what_it_cannot_read",
     "python -m tests.scored_arithmetic": "tests/integration/test_offline.py::"
@@ -101,6 +104,11 @@ def place(tmp_path, monkeypatch, model_path) -> Path:
     (run_dir / "checkpoints").mkdir(parents=True)
     write_config(compose("grpo_arithmetic"), run_dir)
     (run_dir / "model").symlink_to(model_path)
+    step = {"step": 1, "rollout/reward_mean": 0.5, "time/train_s": 1.0}
+    line = {"step": 1, "group_id": 0, "prompt": "2 + 2?", "response": "4", "answer": "4", "reward": 1.0, "advantage": 0.0}
+    line |= {"terms": {"exact": 1.0}, "outcome": "correct", "parsed": "4", "policy_version": 0}
+    (run_dir / "metrics.jsonl").write_text(json.dumps(step) + "\n")
+    (run_dir / "rollouts.jsonl").write_text(json.dumps(line) + "\n")
     (tmp_path / "PATH_OR_HUB_NAME").symlink_to(model_path)
     ARCHITECTURES["Qwen2.5-0.5B"].save_pretrained(tmp_path / "PATH")
     for name in ("benchmarks", "tests", "slurm", "Makefile", *(path.name for path in ROOT.glob("requirements*.txt"))):
@@ -122,7 +130,8 @@ def dry_run(mode: str, arguments: list[str]) -> None:
     if mode == "async" and not any(argument.startswith("mode=") for argument in arguments):
         arguments = [*arguments, "mode=async"]
     with pytest.raises(SystemExit) as ended:
-        launch._check(get_args_parser().parse_args([*arguments, "dry_run=true"]), mode, DEFAULTS[mode])
+        typed = get_args_parser().parse_args([*arguments, "dry_run=true"])
+        (launch._check_sweep if typed.multirun else launch._check)(typed, mode, DEFAULTS[mode])
     assert ended.value.code == 0
 
 
@@ -151,7 +160,7 @@ def check(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     if program == "make":
         assert set(rest) <= set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     elif program == "pip":
-        assert rest[:2] == ["install", "-r"] and Path(rest[2]).is_file()
+        assert rest[0] == "install" and ("-r" not in rest or Path(rest[rest.index("-r") + 1]).is_file())
     elif program == "sbatch":
         assert any(Path(word).is_file() for word in rest if word.endswith(".sbatch"))
     elif program == "tensorboard":
@@ -159,7 +168,9 @@ def check(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
         TensorBoard().configure(argv=["tensorboard", *rest])
     elif program == "vllm":
-        assert rest[0] == "serve"
+        assert rest[0] == "serve" and Path(rest[1]).is_dir()
+    elif rest[1].startswith("vllm."):
+        assert Path(importlib.util.find_spec("vllm").origin).with_name(f"{'/'.join(rest[1].split('.')[1:])}.py").is_file()
     elif rest[0].endswith(".py"):
         dry_run(rest[0].removeprefix("grpo_").removesuffix(".py"), rest[1:])
     elif rest[:2] == ["-m", "pytest"]:
@@ -178,12 +189,32 @@ def check_evaluate(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> Non
         evaluate.configure(*split_arguments(arguments, dict.fromkeys(evaluate.OWN, False), evaluate.SECTIONS))
 
 
+class Reached(Exception):
+    """What is to be asked is known."""
+
+
+def check_generate(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def asker(config: RunConfig, model: str, temperature: float) -> None:
+        assert Path(model).is_dir()
+        raise Reached
+
+    monkeypatch.setattr(generate, "asker", asker)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "argv", ["generate", *arguments])
+    with pytest.raises(Reached):
+        generate.main()
+
+
 def check_file_of_a_module(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Its work is in ELSEWHERE."""
 
 
 CHECKS: dict[str, Callable] = {
     "grpo.grade": partial(check_tool, "grpo.grade"),
+    "grpo.plot": partial(check_tool, "grpo.plot"),
+    "grpo.view": partial(check_tool, "grpo.view"),
+    "grpo.generate": check_generate,
+    "grpo.sweep": check_file_of_a_module,
     "grpo.evaluate": check_evaluate,
     "grpo.transport_plot": check_file_of_a_module,
     "tests.scored_arithmetic": check_file_of_a_module,
@@ -194,12 +225,14 @@ CHECKS: dict[str, Callable] = {
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command not in NOT_TO_WORK])
 def test_every_printed_command_can_be_run(command, place, gpus, monkeypatch):
     gpus(8, {"gpt2": GPT2})
+    monkeypatch.setattr(launch, "find_spec", lambda name: name)  # Optuna is an extra
     check(shlex.split(command), monkeypatch)
 
 
 def test_what_is_not_run_here_is_run_by_a_test_with_a_name():
     printed = {re.match(r"python (grpo_\w+\.py|-m (grpo|tests|examples)\.\w+)", command) for command in COMMANDS} - {None}
-    assert {found[0] for found in printed} - {"python -m grpo.grade"} == ELSEWHERE.keys()
+    run_here = {f"python -m grpo.{name}" for name in ("grade", "plot", "view")}
+    assert {found[0] for found in printed} - run_here == ELSEWHERE.keys()
     for path, name in (where.split("::") for where in ELSEWHERE.values()):
         tree = ast.parse((ROOT / path).read_text())
         assert name in [node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
