@@ -8,7 +8,7 @@ REQUIREMENTS := $(if $(HAS_GPU),requirements_ifeval.txt,requirements_cpu.txt)
 PIP_FLAGS := $(if $(HAS_GPU),,--no-deps)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-unit test-soak test-gpu lint format bench clean
+.PHONY: help setup train test test-unit test-soak test-gpu lint format docs bench clean
 
 help:          ## show this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: [^#]*##/\t/' | expand -t 14
@@ -44,6 +44,9 @@ lint: setup    ## ruff, without changing anything
 format: setup  ## ruff, mending what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: setup    ## docs/configuration.md and the tables of docs/memory.md, made from the code
+	$(BIN)/python -m docs.generate
 
 bench: setup .venv-peers/installed ## the figures of README.md, written to benchmarks/results
 	$(BIN)/python -m benchmarks.step --model builtin

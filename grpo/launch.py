@@ -8,7 +8,7 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from itertools import islice
@@ -26,7 +26,7 @@ from grpo.config import RunConfig, check_keys, from_dictconfig, known_keys, read
 from grpo.errors import ConfigError, UserError, one_line
 from grpo.offline_config import OfflineConfig
 from grpo.preemption import GraceOver, Preempted
-from grpo.resume import find_run, key_value, resumed_config
+from grpo.resume import Config, find_run, key_value, resumed_config
 from grpo.sweep import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PREEMPTED, add_override, jobs, parse_override, sweep, varying
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "config"
@@ -49,7 +49,7 @@ SCRIPTS = {
 }
 
 
-def compose(config_name: str, overrides: list[str], cls: type = RunConfig) -> Any:
+def compose(config_name: str, overrides: Sequence[str] = (), cls: type[Config] = RunConfig) -> Config:
     """The checked configuration of config/`config_name`.yaml with `overrides`; raises ConfigError in one line.
 
     Only keys of `cls` may be overridden.
@@ -58,7 +58,7 @@ def compose(config_name: str, overrides: list[str], cls: type = RunConfig) -> An
     try:
         check_keys([parse_override(override).key_or_group for override in overrides], groups, cls)
         with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            return from_dictconfig(hydra.compose(config_name, overrides=overrides))
+            return from_dictconfig(hydra.compose(config_name, overrides=list(overrides)))
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(readable(error)) from None
 
@@ -79,7 +79,7 @@ def deferred_interrupt() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def launch(mode: str, default_config: str, main: Callable[[Any, Path], None]) -> None:
+def launch(mode: str, default_config: str, main: Callable[[Config, Path], None]) -> None:
     """Run `main(config, run_dir)` under Hydra, or go on with the run that resume= means; the exit codes are above.
 
     User errors end in one line on stderr.
@@ -101,7 +101,7 @@ def launch(mode: str, default_config: str, main: Callable[[Any, Path], None]) ->
     except UserError as error:
         sys.exit(_report(error))
 
-    def run(config: Any, run_dir: Path) -> None:
+    def run(config: Config, run_dir: Path) -> None:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # TorchRL imports vLLM here too
         try:
             importlib.import_module(SCRIPTS[mode].parts)
@@ -172,7 +172,7 @@ def _check_sweep(arguments, mode: str, default_config: str) -> list[list[str]]:
     return [] if chosen else [[item for item in its if not item.startswith("hydra")] for its in planned]
 
 
-def _check(arguments, mode: str, default_config: str) -> tuple[Any, Path] | None:
+def _check(arguments, mode: str, default_config: str) -> tuple[Config, Path] | None:
     """Raise ConfigError for what cannot work; returns the run to go on with, if that was asked for."""
     name, overrides = _config_name(arguments, default_config), list(arguments.overrides)
     config = compose(name, overrides, SCRIPTS[mode].config)
@@ -195,7 +195,7 @@ def _check(arguments, mode: str, default_config: str) -> tuple[Any, Path] | None
     return None if run_dir is None else (config, run_dir)
 
 
-def _plan(config: Any, mode: str) -> Any:
+def _plan(config: Config, mode: str) -> Any:
     """What `config` will use; raises ConfigError where it cannot work here."""
     if config.mode != mode:
         script, other = SCRIPTS[mode].file, SCRIPTS[config.mode].file
