@@ -72,6 +72,7 @@ class Slurm:
         self.environment = os.environ | {"SLURM_CONF": str(base / "slurm.conf"), "PATH": f"{os.environ['PATH']}:/usr/sbin"}
         self.closing = ExitStack()
         self.nodes: dict[str, subprocess.Popen] = {}
+        self.killed: set[str] = set()
 
     def __enter__(self) -> "Slurm":
         with ExitStack() as closing:
@@ -143,12 +144,17 @@ class Slurm:
         for host in NODES:
             if host in self.nodes:
                 continue
+            if host in self.killed:  # which Slurm would find out by and by
+                self._run("scontrol", "update", f"NodeName={host}", "State=DOWN", "Reason=killed")
             up = "mount -t proc proc /proc; mount -t tmpfs shm /dev/shm"
             life = f"{up}; hostname {host}; slurmd -D -N {host} & wait"  # bash buries what processes leave behind
             command = ["ip", "netns", "exec", f"{self.tag}-{host}", *machine, life]
             with open(self.base / "log" / f"{host}.out", "a") as out:
                 streams = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out}
                 self.nodes[host] = subprocess.Popen(command, env=self.environment, start_new_session=True, **streams)
+            if host in self.killed:
+                self.killed.remove(host)
+                self._run("scontrol", "update", f"NodeName={host}", "State=RESUME")
         wait_until(lambda: self._run("sinfo", "-h", "-o", "%T %D").split() == ["idle", "2"], 60, "both nodes are idle")
 
     def end_nodes(self) -> None:
@@ -158,6 +164,7 @@ class Slurm:
     def kill_node(self, host: str) -> None:
         """All that runs on it is gone at once."""
         process = self.nodes.pop(host)
+        self.killed.add(host)
         process.kill()
         process.wait()
 
