@@ -87,7 +87,7 @@ def cluster_nodes() -> list[Node]:
         for node in ray.nodes()
         if node["Alive"]
     ]
-    return sorted(nodes, key=lambda node: (node.name != own, socket.inet_aton(node.name)))
+    return sorted(nodes, key=lambda node: (node.name != own, node.name))
 
 
 def node_resource(node: Node) -> dict[str, float]:

@@ -28,17 +28,20 @@ if [[ ${1:-} == --node ]]; then # what srun runs once on each node, with the clu
     rm -rf "$temp"
   }
   trap leave EXIT
+  # Ports that are free, whoever else is on the node: 0 is any, which the server that nobody here needs does not take.
+  free_port=$("$PYTHON" -c 'import socket; any = socket.socket(); any.bind(("", 0)); print(any.getsockname()[1])')
+  head=(--head --port=0 --node-ip-address="$HEAD_ADDRESS" --include-dashboard=false --ray-client-server-port="$free_port")
   where=(--address="$2")
-  [[ $2 != head ]] || where=(--head --port=0 --node-ip-address="$HEAD_ADDRESS" --include-dashboard=false)
-  # Ports that are free, whoever else is on the node.
-  "$PYTHON" -m ray.scripts.scripts start "${where[@]}" --min-worker-port=0 --max-worker-port=0 --ray-client-server-port=0 \
+  [[ $2 != head ]] || where=("${head[@]}")
+  "$PYTHON" -m ray.scripts.scripts start "${where[@]}" --min-worker-port=0 --max-worker-port=0 \
     --dashboard-agent-listen-port=0 --num-cpus="$SLURM_CPUS_ON_NODE" --object-store-memory="$OBJECT_STORE_MEMORY" \
     --temp-dir="$temp" --disable-usage-stats --block &
   ray=$!
-  trap 'kill -TERM $ray' TERM
+  asked=
+  trap 'asked=1; kill -TERM $ray || true' TERM
   if [[ $2 == head ]]; then
     until [[ -s $temp/ray_current_cluster ]]; do
-      kill -0 $ray
+      kill -0 $ray 2>/dev/null || exit 1
       sleep 0.2
     done
     cp "$temp/ray_current_cluster" "$NODES/.address"
@@ -47,6 +50,7 @@ if [[ ${1:-} == --node ]]; then # what srun runs once on each node, with the clu
   code=0
   wait $ray || code=$?
   while kill -0 $ray 2>/dev/null; do wait $ray || code=$?; done # after the signal that the trap passed on
+  [[ -z $asked ]] || exit 0 # the job's end
   exit $code
 fi
 
@@ -84,6 +88,7 @@ fi
 unset RAY_ADDRESS
 RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n') # of this job alone
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
+export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 # when Ray is ended there is no run any more
 
 steps=() driver='' asked='' # processes; the signal that the job got
 forward() {

@@ -17,7 +17,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 NODES = {"n1": 1, "n2": 2}
-CPUS, GPUS = 8, 4  # of a node, as Slurm is told: two jobs as they are shipped; the GPUs are names only
+CPUS, GPUS = 8, 6  # of a node, as Slurm is told: two jobs as they are shipped; the GPUs are names only
+MORTAL = ["setsid", "setpriv", "--pdeathsig", "KILL"]  # what follows ends with this process, and not by Ctrl-C before it
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
 
 CONFIGURATION = """
@@ -135,7 +136,7 @@ class Slurm:
 
     def _stay(self, closing: ExitStack, *command: str) -> None:
         with open(self.base / "log" / f"{command[0]}-{command[-1][-3:]}.out", "w") as out:
-            process = subprocess.Popen(command, env=self.environment, stdout=out, stderr=out, start_new_session=True)
+            process = subprocess.Popen([*MORTAL, *command], env=self.environment, stdout=out, stderr=out)
         closing.callback(end, process)
 
     def start_nodes(self) -> None:
@@ -148,10 +149,10 @@ class Slurm:
                 self._run("scontrol", "update", f"NodeName={host}", "State=DOWN", "Reason=killed")
             up = "mount -t proc proc /proc; mount -t tmpfs shm /dev/shm"
             life = f"{up}; hostname {host}; slurmd -D -N {host} & wait"  # bash buries what processes leave behind
-            command = ["ip", "netns", "exec", f"{self.tag}-{host}", *machine, life]
+            command = [*MORTAL, "ip", "netns", "exec", f"{self.tag}-{host}", *machine, life]
             with open(self.base / "log" / f"{host}.out", "a") as out:
                 streams = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out}
-                self.nodes[host] = subprocess.Popen(command, env=self.environment, start_new_session=True, **streams)
+                self.nodes[host] = subprocess.Popen(command, env=self.environment, **streams)
             if host in self.killed:
                 self.killed.remove(host)
                 self._run("scontrol", "update", f"NodeName={host}", "State=RESUME")
@@ -201,6 +202,11 @@ class Job:
         """What Slurm knows of it: JobState, ExitCode, Restarts and others."""
         words = self.slurm._run("scontrol", "show", "job", self.number, "-o").split()
         return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def cut_soon(self) -> None:
+        """Give it one more minute, or two: Slurm counts whole ones."""
+        hours, minutes, _ = map(int, self.show()["RunTime"].split(":"))
+        self.update(TimeLimit=str(60 * hours + minutes + 2))
 
     def update(self, **values: str) -> None:
         self.slurm._run("scontrol", "update", f"JobId={self.number}", *(f"{key}={value}" for key, value in values.items()))

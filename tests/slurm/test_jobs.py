@@ -15,7 +15,9 @@ from .cluster import ROOT, Job, Slurm, wait_until
 SYNC, ASYNC = "slurm/grpo_sync_multi_node.sbatch", "slurm/grpo_async_multi_node.sbatch"
 REWARDS = Path(__file__).with_name("rewards.py")
 ARITHMETIC = ["--config-name", "grpo_arithmetic", *SMALL]
-TWO_EACH = ["train_model.num_devices=2", "inference_model.num_devices=2"]
+TRANSFORMERS = "inference_model.backend=transformers"  # whose engines start faster
+TWO_EACH = ["train_model.num_devices=2", "inference_model.num_devices=2", "train.use_kl_to_ref=false", TRANSFORMERS]
+A_NODE = "--cpus-per-task=2"  # for a rank and an engine; with twice as many on one node a process has as many threads
 EXACT = [f"env.reward_fn={REWARDS}:is_exact", "env.reward_timeout_s=300", "train.total_dialog_turns=320"]
 
 
@@ -40,21 +42,24 @@ def wait_for_steps(job: Job, run_dir: Path, count: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def both(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Job, Path]]:
-    """A synchronous and an asynchronous job, which share the two nodes."""
+def jobs(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Job, Path]]:
+    """A synchronous and an asynchronous job, which share the two nodes; and, after it, the first one's run on one of them."""
     folder = tmp_path_factory.mktemp("jobs")
-    jobs = {
-        "sync": (slurm.submit(SYNC, arguments(folder / "sync", *TWO_EACH)), folder / "sync"),
-        "async": (slurm.submit(ASYNC, arguments(folder / "async")), folder / "async"),
-    }
-    for job, _ in jobs.values():
-        job.wait(300)
+
+    def submit(name: str, script: str, more: list[str], *options: str) -> tuple[Job, Path]:
+        return slurm.submit(script, arguments(folder / name, *more), *options), folder / name
+
+    jobs = {"sync": submit("sync", SYNC, TWO_EACH, A_NODE), "async": submit("async", ASYNC, [])}
+    then = f"--dependency=afterany:{jobs['sync'][0].number}"
+    jobs["one"] = submit("one", SYNC, TWO_EACH, "--nodes=1", "--cpus-per-task=4", then)
+    jobs["sync"][0].wait(300)
+    jobs["async"][0].wait(300)
     return jobs
 
 
 @pytest.mark.parametrize("mode", ["sync", "async"])
-def test_a_job_script_trains_over_both_nodes_beside_another_job(both, mode):
-    job, run_dir = both[mode]
+def test_a_job_script_trains_over_both_nodes_beside_another_job(jobs, mode):
+    job, run_dir = jobs[mode]
     end = job.show()
     assert (end["JobState"], end["ExitCode"], end["NodeList"]) == ("COMPLETED", "0:0", "n[1-2]"), job.said
     summary = Finished(run_dir).summary
@@ -68,17 +73,11 @@ def test_a_job_script_trains_over_both_nodes_beside_another_job(both, mode):
         assert "CollectorActor" in on["n2"]  # beside its engine
 
 
-def test_two_nodes_end_with_the_weights_of_one(both, tmp_path):
-    command = [sys.executable, "grpo_sync.py", *arguments(tmp_path, *TWO_EACH)]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=240)
-    assert largest_difference(Finished(tmp_path).weights, Finished(both["sync"][1]).weights) <= 1e-5
-
-
-def test_a_job_that_is_cut_at_its_time_limit_is_requeued_and_ends_as_if_it_had_not_been(both, slurm, tmp_path):
+def test_a_job_that_is_cut_at_its_time_limit_is_requeued_and_ends_as_if_it_had_not_been(jobs, slurm, tmp_path):
     paused = f"--export=ALL,PAUSED_RUN={tmp_path}"
-    job = slurm.submit(SYNC, arguments(tmp_path, *TWO_EACH), "--time=10", paused)
+    job = slurm.submit(SYNC, arguments(tmp_path, *TWO_EACH), A_NODE, "--time=10", paused)
     wait_for_steps(job, tmp_path, 2)
-    job.update(TimeLimit="2")  # minutes; the signal comes 180 s before
+    job.cut_soon()
     wait_until(lambda: "SIGUSR1: saving" in job.said, 60, "the signal", lambda: job.said)
     (tmp_path / "go").touch()
     wait_until(lambda: job.show()["Restarts"] == "1", 60, "requeued", lambda: job.said)
@@ -87,11 +86,19 @@ def test_a_job_that_is_cut_at_its_time_limit_is_requeued_and_ends_as_if_it_had_n
     assert job.wait(240)["JobState"] == "COMPLETED", job.said
     assert "Ended by SIGUSR1 after saving checkpoint_000003" in job.said
     assert [line["step"] for line in Finished(tmp_path).metrics] == [1, 2, 3, 4, 5]
-    assert same_weights(Finished(tmp_path), Finished(both["sync"][1]))
+    assert same_weights(Finished(tmp_path), Finished(jobs["sync"][1]))
+
+
+def test_two_nodes_end_with_the_weights_of_one(jobs):
+    job, run_dir = jobs["one"]
+    end = job.wait(240)
+    assert (end["JobState"], end["NumNodes"]) == ("COMPLETED", "1"), job.said
+    assert largest_difference(Finished(run_dir).weights, Finished(jobs["sync"][1]).weights) <= 1e-5
 
 
 def test_a_stranger_without_the_jobs_token_cannot_join_and_a_lost_node_ends_the_job(slurm, tmp_path):
-    job = slurm.submit(SYNC, arguments(tmp_path, "train.total_dialog_turns=64000", "train.checkpoint_frequency=1"))
+    endless = ["train.total_dialog_turns=64000", "train.checkpoint_frequency=1", TRANSFORMERS]
+    job = slurm.submit(SYNC, arguments(tmp_path, *endless))
     wait_for_steps(job, tmp_path, 1)
     address = (tmp_path / "nodes" / "address").read_text()
     stranger = os.environ | {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
