@@ -43,7 +43,7 @@ def wait_for_steps(job: Job, run_dir: Path, count: int) -> None:
 
 @pytest.fixture(scope="module")
 def jobs(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Job, Path]]:
-    """A synchronous and an asynchronous job, which share the two nodes; and, after it, the first one's run on one of them."""
+    """A synchronous and an asynchronous job, which share both nodes; and, afterwards, the first one's run on one of them."""
     folder = tmp_path_factory.mktemp("jobs")
 
     def submit(name: str, script: str, more: list[str], *options: str) -> tuple[Job, Path]:
