@@ -25,17 +25,14 @@ MARKERS = {"kl": "o", "approx_kl": "s", "ot": "^"}
 
 def jobs(seeds: list[int], samples: int) -> list[tuple[dict, str, list[str]]]:
     common = [f"train.total_dialog_turns={samples}", "train.dialog_turns_per_batch=256", "train.optim_batch_size=256"]
+    settings = [(name, None) for name in OBJECTIVES]
+    settings += [(name, coefficient) for name, coefficients in COEFFICIENTS.items() for coefficient in coefficients]
     found = []
-    for name in OBJECTIVES:
-        for seed in seeds:
-            labels = {"objective": name, "coefficient": None, "seed": seed}
-            found.append((labels, "grpo_sync.py", [f"objective={name}", f"seed={seed}", *common]))
-    for name, coefficients in COEFFICIENTS.items():
-        for coefficient in coefficients:
-            for seed in seeds:
-                labels = {"objective": name, "coefficient": coefficient, "seed": seed}
-                overrides = [f"objective={name}", f"train.kl_to_ref_coeff={coefficient:g}", f"seed={seed}", *common]
-                found.append((labels, "grpo_sync.py", overrides))
+    for seed in seeds:
+        for name, coefficient in settings:
+            labels = {"objective": name, "coefficient": coefficient, "seed": seed}
+            weight = [] if coefficient is None else [f"train.kl_to_ref_coeff={coefficient:g}"]
+            found.append((labels, "grpo_sync.py", [f"objective={name}", *weight, f"seed={seed}", *common]))
     return found
 
 
