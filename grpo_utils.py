@@ -23,7 +23,7 @@ from grpo import builtin, tasks
 from grpo.admission import Admission
 from grpo.background import CollectorActor
 from grpo.checkpoint import Checkpoint, CheckpointWriter
-from grpo.cluster import Place, beside_driver, check_shared, join_ranks, reserve, start_actors, start_ray
+from grpo.cluster import check_shared, join_ranks, on_node, reserve, start_actors, start_ray
 from grpo.collect import PromptEnv, PromptStream, make_finish
 from grpo.collector import GroupCollector, InferencePolicy
 from grpo.config import RunConfig
@@ -72,8 +72,7 @@ def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
         start_ray(config.ray, sum(plan.roles.values()), closing)
         take_signals()
         check_shared(config.ray, plan.nodes, shared_paths(config, run_dir, model))
-        places = reserve(config.ray, plan.nodes_of, gpus_a_process(config, plan))
-        ranks, references, actors = _start_actors(config, plan, places, model)
+        ranks, references, actors = _start_actors(config, plan, model)
         timeout_s = config.ray.timeout_s
         engines = EnginePool(actors, timeout_s)
         train = config.train
@@ -105,7 +104,7 @@ def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
             )
             closing.callback(_end_background, make_run.keywords["background"])
         else:
-            buffer, collectors = start_collectors(config, places["inference"], model, data["train"], actors, references)
+            buffer, collectors = start_collectors(config, plan, model, data["train"], actors, references)
             make_run = partial(
                 AsyncRun,
                 buffer=buffer,
@@ -206,22 +205,19 @@ def shared_paths(config: RunConfig, run_dir: Path, model: str) -> list[str]:
     return [str(run_dir), *([model] if os.path.isdir(model) else []), *code]
 
 
-def gpus_a_process(config: RunConfig, plan: Plan) -> dict[str, float]:
-    """By role; an engine may have several processes of its own."""
-    parallel = config.inference_model.tensor_parallel_size
-    return {role: plan.gpus_per_process * (parallel if role == "inference" else 1) for role in plan.roles}
-
-
 def _start_actors(
-    config: RunConfig, plan: Plan, places: dict[str, list[Place]], model: str
+    config: RunConfig, plan: Plan, model: str
 ) -> tuple[list[ActorHandle], list[ActorHandle], list[ActorHandle]]:
     """Start the actors side by side and wait until each has its model: (training ranks, references, engines)."""
+
+    parallel = config.inference_model.tensor_parallel_size
+    gpus = {role: plan.gpus_per_process * (parallel if role == "inference" else 1) for role in plan.roles}
+    places = reserve(config.ray, plan.nodes_of, gpus)
 
     def start(role: str, cls: type, environment: dict[str, str], *arguments) -> list[ActorHandle]:
         if role not in places:
             return []
-        gpus = gpus_a_process(config, plan)[role]
-        return start_actors(cls, places[role], plan.device, gpus, plan.threads[role], environment, *arguments)
+        return start_actors(cls, places[role], plan.device, gpus[role], plan.threads[role], environment, *arguments)
 
     inference, attention = config.inference_model, config.model.attn_implementation
     spec = engine_spec(config, model, plan.device)
@@ -310,23 +306,25 @@ def make_admission(config: RunConfig) -> Admission:
 
 def start_collectors(
     config: RunConfig,
-    places: list[Place],
+    plan: Plan,
     model: str,
     data: tasks.EncodedProblems,
     engines: list[ActorHandle],
     references: list[ActorHandle],
 ) -> tuple[ActorHandle, dict[str, ActorHandle]]:
-    """The replay buffer's actor, and a collector beside each engine (at its place), by the names that errors use.
+    """The replay buffer's actor, and a collector on each engine's node, by the names that errors use.
 
     The buffer is started by TorchRL's `as_remote`, not as its RayReplayBuffer, whose calls have no deadline.
     """
     resources = {"num_cpus": 0, "num_gpus": 0}
-    buffer = GroupBuffer.as_remote(resources).options(scheduling_strategy=beside_driver(config.ray)).remote()
+    buffer = GroupBuffer.as_remote(resources).options(resources=on_node(config.ray, plan.nodes[0])).remote()
     shared, names = ray.put(data), list(named("inference", engines))
     collector = ray.remote(**resources, max_concurrency=3)(CollectorActor)
     actors = [
-        collector.options(scheduling_strategy=place).remote(config, model, shared, engine, name, references, buffer)
-        for engine, name, place in zip(engines, names, places, strict=True)
+        collector.options(resources=on_node(config.ray, node)).remote(
+            config, model, shared, engine, name, references, buffer
+        )
+        for engine, name, node in zip(engines, names, plan.nodes_of["inference"], strict=True)
     ]
     collectors = named("collector", actors)
     starting = {name: actor.start.remote() for name, actor in collectors.items()}

@@ -9,7 +9,7 @@ from itertools import count
 import ray
 from ray.actor import ActorHandle
 from ray.util.placement_group import placement_group
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from grpo.config import RayConfig
 from grpo.errors import ActorError, ConfigError
@@ -17,7 +17,7 @@ from grpo.nodes import Node, find_address, join_cluster, missing, node_resource,
 from grpo.pools import named
 from grpo.remote import get, get_all
 
-Place = PlacementGroupSchedulingStrategy | NodeAffinitySchedulingStrategy | str  # as Ray's options have it
+Place = PlacementGroupSchedulingStrategy | str  # as Ray's options have it
 ANYWHERE = "DEFAULT"
 
 
@@ -77,11 +77,9 @@ def reserve(config: RayConfig, nodes: dict[str, list[Node]], gpus: dict[str, flo
     return {role: [PlacementGroupSchedulingStrategy(group, next(number)) for _ in its] for role, its in nodes.items()}
 
 
-def beside_driver(config: RayConfig) -> Place:
-    """The place of what the driver talks to all the time."""
-    if config.address is None:
-        return ANYWHERE
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+def on_node(config: RayConfig, node: Node) -> dict[str, float]:
+    """What an actor asks Ray for to be on `node` without a place of its own; in a Ray of the run's own there is no other."""
+    return {} if config.address is None else node_resource(node)
 
 
 def start_actors(
