@@ -164,6 +164,7 @@ if ((code == PREEMPTED || code == 128 + $(kill -l USR1))); then # the second: be
     end 1
   fi
   say "Requeued; it goes on from $(latest)"
+  trap '' USR1 TERM # Slurm's own, now
   stop_ray
   scontrol requeue "$SLURM_JOB_ID" # which ends this script too
 fi

@@ -1,6 +1,7 @@
 """The job scripts as they are shipped, over two nodes of a real Slurm."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +38,7 @@ def num_steps(run_dir: Path) -> int:
 
 
 def wait_for_steps(job: Job, run_dir: Path, count: int) -> None:
-    wait_until(lambda: num_steps(run_dir) >= count or job.has_ended, 180, f"step {count}", lambda: job.said)
+    wait_until(lambda: num_steps(run_dir) >= count or job.has_ended, 300, f"step {count}", lambda: job.said)
     assert not job.has_ended, job.said
 
 
@@ -52,8 +53,8 @@ def jobs(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tu
     jobs = {"sync": submit("sync", SYNC, TWO_EACH, A_NODE), "async": submit("async", ASYNC, [])}
     then = f"--dependency=afterany:{jobs['sync'][0].number}"
     jobs["one"] = submit("one", SYNC, TWO_EACH, "--nodes=1", "--cpus-per-task=4", then)
-    jobs["sync"][0].wait(300)
-    jobs["async"][0].wait(300)
+    jobs["sync"][0].wait(400)
+    jobs["async"][0].wait(400)
     return jobs
 
 
@@ -81,23 +82,23 @@ def test_a_job_that_is_cut_at_its_time_limit_is_requeued_and_ends_as_if_it_had_n
     wait_until(lambda: "SIGUSR1: saving" in job.said, 60, "the signal", lambda: job.said)
     (tmp_path / "go").touch()
     wait_until(lambda: job.show()["Restarts"] == "1", 60, "requeued", lambda: job.said)
-    assert num_steps(tmp_path) == 3
     job.update(TimeLimit="10")
-    assert job.wait(240)["JobState"] == "COMPLETED", job.said
-    assert "Ended by SIGUSR1 after saving checkpoint_000003" in job.said
+    assert job.wait(300)["JobState"] == "COMPLETED", job.said
+    (saved,) = re.findall(r"Ended by SIGUSR1 after saving checkpoint_(\d+);", job.said)
+    assert 2 <= int(saved) < 5  # in its midst
     assert [line["step"] for line in Finished(tmp_path).metrics] == [1, 2, 3, 4, 5]
     assert same_weights(Finished(tmp_path), Finished(jobs["sync"][1]))
 
 
 def test_two_nodes_end_with_the_weights_of_one(jobs):
     job, run_dir = jobs["one"]
-    end = job.wait(240)
+    end = job.wait(300)
     assert (end["JobState"], end["NumNodes"]) == ("COMPLETED", "1"), job.said
     assert largest_difference(Finished(run_dir).weights, Finished(jobs["sync"][1]).weights) <= 1e-5
 
 
 def test_a_stranger_without_the_jobs_token_cannot_join_and_a_lost_node_ends_the_job(slurm, tmp_path):
-    endless = ["train.total_dialog_turns=64000", "train.checkpoint_frequency=1", TRANSFORMERS]
+    endless = ["train.total_dialog_turns=64000", "train.checkpoint_frequency=1", "train.use_kl_to_ref=false", TRANSFORMERS]
     job = slurm.submit(SYNC, arguments(tmp_path, *endless))
     wait_for_steps(job, tmp_path, 1)
     address = (tmp_path / "nodes" / "address").read_text()
