@@ -1,6 +1,8 @@
 """The machines that a run's processes are on: this one, or the nodes of a Ray cluster that it joins.
 
-    python -m grpo.nodes 4        # wait until the cluster at RAY_ADDRESS has 4 nodes; slurm/run_in_ray_cluster.sh does
+    python -m grpo.nodes 4 FILE   # make FILE once the cluster at RAY_ADDRESS has 4 nodes, and end when one of them is lost
+
+which slurm/run_in_ray_cluster.sh does.
 
 Nothing here imports torch: it runs on every node of a cluster before anything else does.
 """
@@ -22,7 +24,7 @@ from grpo.errors import ActorError, ConfigError, UserError, one_line
 AUTO, ADDRESS = "auto", "RAY_ADDRESS"
 ANSWER_S = 10.0  # within which a cluster's head takes a connection
 JOIN_S = 180.0  # within which nodes that are being started have joined
-LOOK_S = 0.2
+LOOK_S, WATCH_S = 0.2, 1.0
 
 
 @dataclass(frozen=True)
@@ -123,12 +125,22 @@ def wait_for_nodes(count: int, timeout_s: float) -> list[Node]:
     return nodes
 
 
+def watch(nodes: list[Node]) -> None:
+    """Stay until one of `nodes` has left the cluster, which Ray knows some 15 s after it was lost; raises ActorError."""
+    while not (lost := {node.name for node in nodes} - {node.name for node in cluster_nodes()}):
+        time.sleep(WATCH_S)
+    raise ActorError(f"node {', '.join(sorted(lost))} was lost: it is no part of the Ray cluster any more")
+
+
 def main() -> None:
     try:
         join_cluster(find_address(RayConfig(address=AUTO)))
-        for node in wait_for_nodes(int(sys.argv[1]), JOIN_S):
+        nodes = wait_for_nodes(int(sys.argv[1]), JOIN_S)
+        for node in nodes:
             memory = node.memory_bytes / 2**30
-            print(f"Node {node.name}: {node.cores} CPUs, {node.gpus} GPUs, {memory:.0f} GiB of memory")
+            print(f"Node {node.name}: {node.cores} CPUs, {node.gpus} GPUs, {memory:.0f} GiB of memory", flush=True)
+        Path(sys.argv[2]).touch()
+        watch(nodes)
     except UserError as error:
         sys.exit(f"Error: {one_line(error)}")
 

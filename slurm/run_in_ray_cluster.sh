@@ -78,7 +78,7 @@ saved_before=$(latest)
 
 export NODES=$run_dir/nodes HEAD_ADDRESS=${HEAD_ADDRESS:-} PYTHON OBJECT_STORE_MEMORY
 mkdir -p "$NODES"
-rm -f "$NODES/address"
+rm -f "$NODES/address" "$NODES/ready"
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 if [[ -z $HEAD_ADDRESS ]]; then
   name=$(scontrol show node -o "${hosts[0]}" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
@@ -90,7 +90,7 @@ RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n') # of this job alon
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
 export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 # when Ray is ended there is no run any more
 
-steps=() driver='' asked='' # processes; the signal that the job got
+steps=() watch='' driver='' asked='' # processes; the signal that the job got
 forward() {
   asked=$1
   say "SIG$1: saving"
@@ -106,6 +106,7 @@ start_nodes() { # on the nodes $2... with the cluster's address $1
   steps+=($!)
 }
 stop_ray() { # on every node
+  [[ -z $watch ]] || { kill -KILL "$watch" && wait "$watch"; } 2>/dev/null || true
   scancel --signal=TERM "$SLURM_JOB_ID" 2>/dev/null || true # the steps; not the batch script, which this is
   local deadline=$((SECONDS + ENDING_S)) step
   for step in "${steps[@]}"; do
@@ -116,21 +117,21 @@ end() { # with exit code $1
   stop_ray
   exit "$1"
 }
-watch_over() { # process $1 until it ends; the job ends if Ray does on any node
-  local step deadline
-  while alive "$1"; do
-    for step in "${steps[@]}"; do
-      alive "$step" && continue
-      say "Error: Ray has ended on a node of the job, which srun names above; what it said there is in $NODES"
-      deadline=$((SECONDS + ENDING_S))
-      while alive "$1" && ((SECONDS < deadline)); do sleep 0.2; done # its own words
-      kill -KILL "$1" 2>/dev/null || true
-      say "The job ends; scontrol requeue $SLURM_JOB_ID goes on from the last checkpoint: $(latest)"
-      end 1
-    done
-    sleep 0.5 &
-    wait $! || true # a trap runs at once
-  done
+lost() { # the job ends with a node
+  local deadline=$((SECONDS + ENDING_S))
+  say "Error: a node of the job, named above, was lost, or Ray on it has ended: what it said there is in $NODES"
+  while [[ -n $driver ]] && alive "$driver" && ((SECONDS < deadline)); do sleep 0.2; done # its own words
+  [[ -z $driver ]] || kill -KILL "$driver" 2>/dev/null || true
+  say "The job ends; scontrol requeue $SLURM_JOB_ID goes on from the last checkpoint: $(latest)"
+  end 1
+}
+check_nodes() {
+  local process
+  for process in "${steps[@]}" $watch; do alive "$process" || lost; done
+}
+doze() { # half a second; a trap runs at once
+  sleep 0.5 &
+  wait $! || true
 }
 
 say "Ray head on ${hosts[0]} ($HEAD_ADDRESS), ${#hosts[@]} nodes: ${hosts[*]}"
@@ -143,17 +144,22 @@ done
 RAY_ADDRESS=$(<"$NODES/address")
 export RAY_ADDRESS
 ((${#hosts[@]} == 1)) || start_nodes "$RAY_ADDRESS" "${hosts[@]:1}"
-"$PYTHON" -m grpo.nodes "${#hosts[@]}" &
-ready=$!
-watch_over $ready
-wait $ready || end 1
+"$PYTHON" -m grpo.nodes "${#hosts[@]}" "$NODES/ready" &
+watch=$!
+until [[ -e $NODES/ready ]]; do
+  check_nodes
+  doze
+done
 
 code=$PREEMPTED
 if [[ -z $asked ]]; then
   say "$PYTHON $script ${arguments[*]}"
   "$PYTHON" "$script" "${arguments[@]}" &
   driver=$!
-  watch_over $driver
+  while alive $driver; do
+    check_nodes
+    doze
+  done
   code=0
   wait $driver || code=$?
   say "$script ended with code $code"

