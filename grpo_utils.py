@@ -20,7 +20,7 @@ from ray.actor import ActorHandle
 from transformers import PreTrainedTokenizerBase
 
 from grpo import builtin, tasks
-from grpo.admission import Admission
+from grpo.admission import Admission, UniformAdmission
 from grpo.background import CollectorActor
 from grpo.checkpoint import Checkpoint, CheckpointWriter
 from grpo.cluster import check_shared, join_ranks, on_node, reserve, start_actors, start_ray
@@ -224,7 +224,16 @@ def _start_actors(
     engines = start("inference", InferenceActor, engine_environment(spec), spec)
     precision, products = config.train.mixed_precision, config.model.matmul_precision
     references = start(
-        "reference", ReferenceActor, {}, model, attention, plan.device, inference.temperature, precision, products
+        "reference",
+        ReferenceActor,
+        {},
+        model,
+        attention,
+        plan.device,
+        inference.temperature,
+        precision,
+        products,
+        config.reference_in_four_bits,
     )
     train_device = "cpu" if plan.device == "mps" else plan.device  # FSDP2 has no backend for mps
     trainer_spec = TrainerSpec(
@@ -294,14 +303,10 @@ def sampling(config: RunConfig) -> Sampling:
 
 
 def make_admission(config: RunConfig) -> Admission:
-    train = config.train
-    return Admission(
-        config.groups_per_batch,
-        config.num_groups,
-        config.staleness_bound,
-        config.steps_per_push // train.epochs,
-        None if train.buffer_size is None else train.buffer_size // config.env.repeats,
-    )
+    sizes = config.groups_per_batch, config.num_groups, config.staleness_bound, config.batches_per_push
+    if config.train.replay == "uniform":
+        return UniformAdmission(*sizes, config.running_groups, config.buffered_groups, config.seed)
+    return Admission(*sizes, config.buffered_groups)
 
 
 def start_collectors(

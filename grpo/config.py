@@ -148,12 +148,27 @@ class LoraConfig:
 
 
 @dataclass
+class QuantizationConfig:
+    """4 bits a weight, in the linear layers of a model that does not change (bitsandbytes' NF4)."""
+
+    enabled: bool = False
+
+
+@dataclass
+class RefQuantizationConfig:
+    """The same of the reference."""
+
+    enabled: bool | None = None  # null: as the policy's base, so that a policy still at its reference has KL 0
+
+
+@dataclass
 class TrainModelConfig:
     """The policy being trained."""
 
     num_devices: int = 1  # FSDP2 ranks: GPUs, or processes on a CPU
     gradient_checkpointing: bool = False  # recompute each layer's activations in the backward pass: slower, far less memory
     lora: LoraConfig = field(default_factory=LoraConfig)
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)  # of the base that adapters train on
 
     def __post_init__(self) -> None:
         _at_least("train_model", self, 1, "num_devices")
@@ -166,6 +181,7 @@ class RefModelConfig:
     # Processes that share the batch. 0: the training ranks score it with their adapters off. null: 0 with LoRA in sync mode,
     # else 1.
     num_devices: int | None = None
+    quantization: RefQuantizationConfig = field(default_factory=RefQuantizationConfig)
 
     def __post_init__(self) -> None:
         if self.num_devices is not None:
@@ -198,6 +214,12 @@ class InferenceModelConfig:
             f"must be 1 with backend={self.backend}: only vllm splits a model",
         )
         _check(0 < self.temperature < math.inf, f"{section}.temperature", self.temperature, "must be above 0 to explore")
+        _check(
+            self.temperature <= 2 or self.backend != "vllm",
+            f"{section}.temperature",
+            self.temperature,
+            "must be at most 2 with backend=vllm",
+        )
         _check(0 < self.top_p <= 1, f"{section}.top_p", self.top_p, "must be in (0, 1]")
         _check(
             self.top_p == 1 or self.temperature == 1,
@@ -259,6 +281,7 @@ class TrainConfig:
     dialog_turns_per_batch: int = 512  # responses a collection
     # Responses in the replay buffer. sync: a collection; async: those started and not trained on, null: what fits the bound.
     buffer_size: int | None = None
+    replay: str = "once"  # async: each group is in one batch; uniform: batches are drawn at random from the buffer
     epochs: int = 1  # times a response is trained on, at most
     optim_batch_size: int = 512  # responses an optimiser step
     gradient_accumulation_steps: int = 1  # micro-batches a step and rank, at least
@@ -309,6 +332,7 @@ class TrainConfig:
             self.stop_when,
             "needs train.eval_frequency above 0: it counts evaluations",
         )
+        _one_of("train.replay", self.replay, ("once", "uniform"))
         _one_of("train.is_correction", self.is_correction, ("none", "truncate", "mask"))
         _one_of("train.is_level", self.is_level, ("token", "sequence"))
         _check(0 < self.is_cap < math.inf, "train.is_cap", self.is_cap, "must be above 0")
@@ -323,7 +347,8 @@ class TrainConfig:
 class OptimizerConfig:
     """The optimiser and its schedule: a linear ramp, then constant."""
 
-    name: str = "adamw"  # adamw_offload: weights, gradients and states in shards in the CPU's memory, stepped there
+    # adamw_offload: weights, gradients and states in the CPU's memory, stepped there; adamw_8bit: states of 8 bits.
+    name: str = "adamw"
     lr: float = 1e-6
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.99)
@@ -331,7 +356,7 @@ class OptimizerConfig:
     clip_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        _one_of("optimizer.name", self.name, ("adamw", "adamw_offload", "adam", "sgd"))
+        _one_of("optimizer.name", self.name, ("adamw", "adamw_offload", "adamw_8bit", "adam", "sgd"))
         _check(self.lr > 0 and math.isfinite(self.lr), "optimizer.lr", self.lr, "must be above 0")
         _at_least("optimizer", self, 0, "weight_decay", "warmup_steps")
         _check(self.clip_grad_norm > 0, "optimizer.clip_grad_norm", self.clip_grad_norm, "must be above 0")
@@ -455,6 +480,20 @@ class RunConfig:
             self.ref_model.num_devices,
             "must be at least 1 without train_model.lora.enabled=true, which alone keeps the reference in the policy",
         )
+        of_policy, of_reference = self.train_model.quantization.enabled, self.ref_model.quantization.enabled
+        _check(
+            not of_policy or self.train_model.lora.enabled,
+            "train_model.quantization.enabled",
+            of_policy,
+            "needs train_model.lora.enabled=true: weights of 4 bits do not train, adapters on them do",
+        )
+        _check(
+            of_reference in (None, of_policy) or self.num_references > 0 or not self.uses_reference,
+            "ref_model.quantization.enabled",
+            of_reference,
+            f"needs ref_model.num_devices of at least 1, or train_model.quantization.enabled={str(of_reference).lower()}: "
+            "the reference is the policy without its adapters",
+        )
         _check(
             train.kl_coef_in_loss or not self.diverges or self.objective.divergence in ("k1", "k2", "k3"),
             "objective.divergence",
@@ -499,6 +538,12 @@ class RunConfig:
             f"must be at least {self.staleness_bound} in sync mode with train.sync_iter={str(train.sync_iter).lower()}",
         )
         _check(
+            train.replay == "once",
+            "train.replay",
+            train.replay,
+            "is of async mode: in sync mode each collection is trained on train.epochs times",
+        )
+        _check(
             not train.drain_before_push,
             "train.drain_before_push",
             train.drain_before_push,
@@ -527,6 +572,18 @@ class RunConfig:
         )
         _check(
             train.sync_iter, "train.sync_iter", train.sync_iter, "is of sync mode: collection always goes on beside async"
+        )
+        _check(
+            train.replay == "once" or train.epochs == 1,
+            "train.epochs",
+            train.epochs,
+            "must be 1 with train.replay=uniform, where chance says how often a response is trained on",
+        )
+        _check(
+            train.replay == "once" or self.staleness_bound > 0,
+            "train.max_staleness",
+            train.max_staleness,
+            "must be at least 1 with train.replay=uniform: at 0 there is nothing to draw from but the batch itself",
         )
         _check(
             self.objective.advantage_scale != "batch",
@@ -563,6 +620,11 @@ class RunConfig:
             return 0
         default = 0 if self.train_model.lora.enabled and self.mode == "sync" else 1
         return default if self.ref_model.num_devices is None else self.ref_model.num_devices
+
+    @property
+    def reference_in_four_bits(self) -> bool:
+        own = self.ref_model.quantization.enabled
+        return self.train_model.quantization.enabled if own is None else own
 
     @property
     def kl_in_reward(self) -> float:
@@ -605,8 +667,24 @@ class RunConfig:
         return self.train.weight_update_frequency or self.steps_per_collection
 
     @property
+    def batches_per_push(self) -> int:
+        """Batches between two pushes; each is trained on train.epochs times."""
+        return self.steps_per_push // self.train.epochs
+
+    @property
     def groups_per_batch(self) -> int:
         return self.train.optim_batch_size // self.env.repeats
+
+    @property
+    def buffered_groups(self) -> int:
+        """async: groups that the buffer has room for; with train.replay=once those that are still sampled count too."""
+        in_time = (self.staleness_bound + 1) * self.batches_per_push * self.groups_per_batch
+        return in_time if self.train.buffer_size is None else min(in_time, self.train.buffer_size // self.env.repeats)
+
+    @property
+    def running_groups(self) -> int:
+        """async, train.replay=uniform: groups that are sampled or wait for it: what the engines run, and a batch more."""
+        return self.env.num_envs * self.inference_model.num_devices + self.groups_per_batch
 
     @property
     def num_groups(self) -> int:

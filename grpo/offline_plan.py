@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from grpo.adapters import check_adapter
 from grpo.errors import ConfigError
+from grpo.four_bit import check_four_bit
 from grpo.models import num_adapter_parameters, num_parameters
 from grpo.nodes import Node
 from grpo.offline_config import OfflineConfig
@@ -31,6 +32,7 @@ class OfflinePlan:
     threads: int  # a rank
     parameters: int
     trained: int  # of them, or the adapters'
+    in_four_bits: int  # of them
     memory_bytes: int  # estimate a rank: weights, gradients and optimiser; activations come on top
     num_groups: int  # to train on
     num_held_out: int
@@ -47,7 +49,8 @@ class OfflinePlan:
             f"{self.threads} threads each",
             *([] if config.ray.address is None else describe_nodes(self.nodes, self.places)),
             f"memory            for {self.parameters / 1e6:.1f} million parameters, activations not counted",
-            f"trained           {what}: {self.trained / 1e6:.3g} million parameters in float32, passes in {passes}",
+            f"trained           {what}: {self.trained / 1e6:.3g} million parameters in float32, passes in {passes}"
+            + f", on a base with {self.in_four_bits / 1e6:.3g} million in 4 bits" * (self.in_four_bits > 0),
             f"data              {self.num_groups} groups to train on and {self.num_held_out} held out, of at most "
             f"{self.num_completions} completions; those longer than {config.max_seq_length} tokens will be left out",
             f"optimiser steps   {steps} of {config.batch_size} groups in {config.train.gradient_accumulation_steps} "
@@ -66,12 +69,15 @@ def make_plan(config: OfflineConfig) -> OfflinePlan:
     if positions is not None and config.max_seq_length > positions:
         raise ConfigError(f"max_seq_length ({config.max_seq_length}) must be at most the model's {positions} positions")
     parameters, lora, ranks = num_parameters(model), config.train_model.lora, config.train_model.num_devices
+    in_four_bits = (
+        check_four_bit(model, "train_model.quantization.enabled") if config.train_model.quantization.enabled else 0
+    )
     trained = parameters
     if config.lora_path is not None:
         trained = check_adapter(model, config.lora_path)
     elif lora.enabled:
         trained = num_adapter_parameters(model, lora)
-    memory = trainer_bytes(parameters, trained, config.has_adapters, config.optimizer.name, ranks)
+    memory = trainer_bytes(parameters, in_four_bits, trained, config.has_adapters, config.optimizer.name, ranks)
     gpus = sum(node.gpus for node in nodes) if device == "cuda" else 0
     if device == "cuda" and ranks > gpus:
         where = "this machine" if config.ray.address is None else "the cluster"
@@ -88,6 +94,7 @@ def make_plan(config: OfflineConfig) -> OfflinePlan:
         threads=num_threads(nodes, places, sizes, in_turns=True)["trainer"],
         parameters=parameters,
         trained=trained,
+        in_four_bits=in_four_bits,
         memory_bytes=memory,
         num_groups=len(train),
         num_held_out=len(held_out),

@@ -14,9 +14,12 @@ from transformers import PreTrainedConfig
 from grpo import builtin
 from grpo.config import RayConfig, RunConfig
 from grpo.errors import ConfigError
+from grpo.four_bit import BYTES as FOUR_BITS
+from grpo.four_bit import check_four_bit
 from grpo.models import DTYPES, kv_cache_bytes, num_adapter_parameters, num_parameters, read_config
 from grpo.nodes import Node, cluster_nodes, find_address, join_cluster
 from grpo.placement import place
+from grpo.throughput import forecast, shape_of
 
 FLOAT32, FLOAT16 = 4, 2  # bytes
 LARGE = 1e9  # parameters from which a model needs a GPU to be of any use
@@ -34,8 +37,9 @@ class Plan:
     transport: str  # of weight pushes
     parameters: int
     trained: int  # of them, or the adapters' with LoRA
+    in_four_bits: int  # of them, of the policy
     memory_bytes: dict[str, int]  # estimate a role, weights, optimiser and key-value cache; activations come on top
-    states_bytes: int  # of the driver: the hidden states that divergence=ot compares with, at full length
+    states_bytes: int  # of driver and replay buffer: the hidden states that divergence=ot compares with, at full length
 
     @property
     def roles(self) -> dict[str, int]:
@@ -76,23 +80,36 @@ class Plan:
             f"{config.train.gradient_accumulation_steps} micro-batches a rank"
             + f", or more of at most {budget} tokens"
             * (budget is not None),
-            f"samples           {config.train.total_dialog_turns} responses, each trained on {config.train.epochs} times",
+            f"samples           {self._samples(config)}",
             f"staleness         at most {config.staleness_bound} policy versions",
+            f"time              {self._time(config)}",
         ]
         return "\n".join(lines)
 
     def _nodes(self, config: RayConfig) -> list[str]:
         return [] if config.address is None else describe_nodes(self.nodes, self.places)
 
+    def _samples(self, config: RunConfig) -> str:
+        total = config.train.total_dialog_turns
+        if config.train.replay == "uniform":
+            return f"{total} responses, drawn at random from the last {config.buffered_groups * config.env.repeats}"
+        return f"{total} responses, each trained on {config.train.epochs} times"
+
     def _trained(self, config: RunConfig) -> str:
         what = "LoRA adapters" if config.train_model.lora.enabled else "all"
         passes = {"none": "float32", "bf16": "bfloat16", "fp16": "float16"}[config.train.mixed_precision]
-        return f"{what}: {self.trained / 1e6:.3g} million parameters in float32, passes in {passes}"
+        base = f", on a base with {self.in_four_bits / 1e6:.3g} million in 4 bits" * (self.in_four_bits > 0)
+        return f"{what}: {self.trained / 1e6:.3g} million parameters in float32, passes in {passes}" + base
 
     def _reference(self, config: RunConfig) -> str:
         if not config.uses_reference:
             return "none"
         return "in processes of its own" if config.num_references else "the trainer without its adapters"
+
+    def _time(self, config: RunConfig) -> str:
+        shape = shape_of(find_architecture(config.model.name, self.device), self.parameters)
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        return forecast(config, shape, self.device, gpu)
 
 
 def describe_nodes(nodes: list[Node], places: dict[str, list[int]]) -> list[str]:
@@ -202,14 +219,25 @@ def find_architecture(name: str, device: str) -> PreTrainedConfig:
     return read_config(name)
 
 
-def trainer_bytes(parameters: int, trained: int, has_adapters: bool, optimizer: str, ranks: int) -> int:
+def trainer_bytes(parameters: int, in_four_bits: int, trained: int, has_adapters: bool, optimizer: str, ranks: int) -> int:
     """What a training rank holds: weights, gradients and optimiser states in shards, and a full copy of the weights.
 
-    The copy is loaded, pushed or gathered.
+    The copy is loaded, pushed or gathered. Weights in 4 bits are whole on every rank.
     """
-    weights, updated = parameters * FLOAT32, trained * FLOAT32
-    states = {"adamw": 2, "adamw_offload": 2, "adam": 2, "sgd": 0}[optimizer]
-    return (weights + updated * (has_adapters + 1 + states)) // ranks + weights
+    sharded, updated = (parameters - in_four_bits) * FLOAT32, trained * FLOAT32
+    states = {"adamw": 2, "adamw_offload": 2, "adamw_8bit": 0.5, "adam": 2, "sgd": 0}[optimizer]
+    own = (sharded + updated * (has_adapters + 1 + states)) // ranks
+    return int(own + in_four_bits * FOUR_BITS + parameters * FLOAT32)
+
+
+def held_responses(config: RunConfig) -> int:
+    """Responses that driver and replay buffer hold at one time, each copy counted."""
+    if config.mode == "sync":
+        # As they are scored, in the collection, and in the batch; with train.sync_iter=false there are two collections.
+        return (3 if config.train.sync_iter else 5) * config.train.dialog_turns_per_batch
+    groups = config.buffered_groups + (config.running_groups if config.train.replay == "uniform" else 0)
+    # In the buffer or on the way to it; and a batch, as it is put together and as the driver has it.
+    return groups * config.env.repeats + 2 * config.train.optim_batch_size
 
 
 def num_cores() -> int:
@@ -227,19 +255,18 @@ def make_plan(config: RunConfig) -> Plan:
     if config.num_references:
         roles["reference"] = config.num_references
     parameters, lora = num_parameters(model), config.train_model.lora
+    policy = check_four_bit(model, "train_model.quantization.enabled") if config.train_model.quantization.enabled else 0
+    reference = check_four_bit(model, "ref_model.quantization.enabled") if config.reference_in_four_bits else 0
     trained = num_adapter_parameters(model, lora) if lora.enabled else parameters
     weights = parameters * FLOAT32
     in_flight = config.env.num_envs * config.env.repeats
     memory = {
-        "trainer": trainer_bytes(parameters, trained, lora.enabled, config.optimizer.name, roles["trainer"]),
+        "trainer": trainer_bytes(parameters, policy, trained, lora.enabled, config.optimizer.name, roles["trainer"]),
         "inference": weights + kv_cache_bytes(model, in_flight * length, FLOAT32),
-        "reference": parameters * DTYPES[config.train.mixed_precision].itemsize,
+        "reference": int((parameters - reference) * DTYPES[config.train.mixed_precision].itemsize + reference * FOUR_BITS),
     }
     memory = {role: memory[role] for role in roles}
-    # As they are scored, in the collection, and in the batch; with train.sync_iter=false there are two collections.
-    copies = 3 if config.train.sync_iter else 5
-    directions = config.train.dialog_turns_per_batch * length * model.hidden_size * FLOAT16
-    states = copies * directions if config.anchor else 0
+    states = held_responses(config) * length * model.hidden_size * FLOAT16 if config.anchor else 0
     gpus = sum(node.gpus for node in nodes) if device == "cuda" else 0
     tensor_parallel = config.inference_model.tensor_parallel_size
     for key in ("num_attention_heads", "num_key_value_heads"):
@@ -264,7 +291,8 @@ def make_plan(config: RunConfig) -> Plan:
         )
     places = place_roles(config.ray, nodes, roles, sizes, device, sharing)
     if device == "cpu":
-        remedy = "lower env.num_envs or inference_model.max_tokens" + ", or train.dialog_turns_per_batch" * (states > 0)
+        held = ", or train.dialog_turns_per_batch" if config.mode == "sync" else ", or train.buffer_size"
+        remedy = "lower env.num_envs or inference_model.max_tokens" + held * (states > 0)
         check_memory(name, nodes, places, memory, states, remedy)
     return Plan(
         device=device,
@@ -276,6 +304,7 @@ def make_plan(config: RunConfig) -> Plan:
         transport=choose_transport(config, places, sharing),
         parameters=parameters,
         trained=trained,
+        in_four_bits=policy,
         memory_bytes=memory,
         states_bytes=states,
     )
