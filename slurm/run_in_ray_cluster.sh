@@ -18,7 +18,8 @@ set -euo pipefail
 : "${PYTHON:=.venv/bin/python}" "${OBJECT_STORE_MEMORY:=$((1 << 30))}"
 PREEMPTED=75 # the driver's exit code once it is saved
 START_S=180  # for Ray on the first node
-ENDING_S=20  # for the driver after a node is lost, and for Ray after the driver
+ENDING_S=20  # for Ray to end
+WORDS_S=5    # for the driver's own words after a node was lost
 
 if [[ ${1:-} == --node ]]; then # what srun runs once on each node, with the cluster's address, or `head`
   temp=$(mktemp -d /tmp/ray-XXXXXX) # of this node and job alone, and short: socket paths have 107 characters
@@ -118,7 +119,8 @@ end() { # with exit code $1
   exit "$1"
 }
 lost() { # the job ends with a node
-  local deadline=$((SECONDS + ENDING_S))
+  local deadline=$((SECONDS + WORDS_S))
+  ENDING_S=$WORDS_S # Slurm may wait long for a node that is gone
   say "Error: a node of the job, named above, was lost, or Ray on it has ended: what it said there is in $NODES"
   while [[ -n $driver ]] && alive "$driver" && ((SECONDS < deadline)); do sleep 0.2; done # its own words
   [[ -z $driver ]] || kill -KILL "$driver" 2>/dev/null || true

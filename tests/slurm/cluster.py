@@ -47,7 +47,7 @@ MpiDefault=none
 SwitchType=switch/none
 ReturnToService=2
 KillWait=5
-SlurmdTimeout=30
+SlurmdTimeout=300
 GresTypes=gpu
 NodeName=n[1-2] NodeAddr={net}.[1-2] CPUs={cpus} RealMemory=12000 Gres=gpu:{gpus} State=UNKNOWN
 PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP
