@@ -8,7 +8,7 @@ REQUIREMENTS := $(if $(HAS_GPU),requirements_ifeval.txt,requirements_cpu.txt)
 PIP_FLAGS := $(if $(HAS_GPU),,--no-deps)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-unit test-soak test-gpu lint format docs bench clean
+.PHONY: help setup train test test-unit test-soak test-gpu test-slurm lint format docs bench clean
 
 help:          ## show this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: [^#]*##/\t/' | expand -t 14
@@ -26,7 +26,7 @@ train: setup   ## train the built-in model on arithmetic; prints held-out accura
 	$(BIN)/python grpo_sync.py --config-name grpo_arithmetic
 
 test: setup    ## the tests of every part, in about half an hour
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not slurm"
 
 test-unit: setup ## the tests that need no actors: seconds
 	$(BIN)/python -m pytest tests/unit -m "not slow"
@@ -36,6 +36,10 @@ test-soak: setup ## the long tests
 
 test-gpu: setup ## the tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest -m gpu
+
+test-slurm: setup ## the job scripts, on a Slurm of two nodes on this machine: as root, on Debian
+	tests/slurm/install.sh
+	REQUIRE_SLURM=1 $(BIN)/python -m pytest tests/slurm -m slurm
 
 lint: setup    ## ruff, without changing anything
 	$(BIN)/ruff check .

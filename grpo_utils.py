@@ -5,6 +5,7 @@ starts.
 """
 
 import gc
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
@@ -22,7 +23,7 @@ from grpo import builtin, tasks
 from grpo.admission import Admission, UniformAdmission
 from grpo.background import CollectorActor
 from grpo.checkpoint import Checkpoint, CheckpointWriter
-from grpo.cluster import join_ranks, start_actors, start_ray
+from grpo.cluster import check_shared, join_ranks, on_node, reserve, start_actors, start_ray
 from grpo.collect import PromptEnv, PromptStream, make_finish
 from grpo.collector import GroupCollector, InferencePolicy
 from grpo.config import RunConfig
@@ -70,6 +71,7 @@ def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
         take_signals = closing.enter_context(listen(config.train.grace_s, config.train.max_wall_time))
         start_ray(config.ray, sum(plan.roles.values()), closing)
         take_signals()
+        check_shared(config.ray, plan.nodes, shared_paths(config, run_dir, model))
         ranks, references, actors = _start_actors(config, plan, model)
         timeout_s = config.ray.timeout_s
         engines = EnginePool(actors, timeout_s)
@@ -102,7 +104,7 @@ def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
             )
             closing.callback(_end_background, make_run.keywords["background"])
         else:
-            buffer, collectors = start_collectors(config, model, data["train"], actors, references)
+            buffer, collectors = start_collectors(config, plan, model, data["train"], actors, references)
             make_run = partial(
                 AsyncRun,
                 buffer=buffer,
@@ -196,16 +198,26 @@ def load_data(config: RunConfig, task: tasks.Task, tokenizer: PreTrainedTokenize
     return data
 
 
+def shared_paths(config: RunConfig, run_dir: Path, model: str) -> list[str]:
+    """What every node of a cluster must see."""
+    reward_fn = config.env.reward_fn or ""
+    code = [reward_fn.rpartition(":")[0]] if ".py:" in reward_fn else []
+    return [str(run_dir), *([model] if os.path.isdir(model) else []), *code]
+
+
 def _start_actors(
     config: RunConfig, plan: Plan, model: str
 ) -> tuple[list[ActorHandle], list[ActorHandle], list[ActorHandle]]:
     """Start the actors side by side and wait until each has its model: (training ranks, references, engines)."""
 
+    parallel = config.inference_model.tensor_parallel_size
+    gpus = {role: plan.gpus_per_process * (parallel if role == "inference" else 1) for role in plan.roles}
+    places = reserve(config.ray, plan.nodes_of, gpus)
+
     def start(role: str, cls: type, environment: dict[str, str], *arguments) -> list[ActorHandle]:
-        if role not in plan.roles:
+        if role not in places:
             return []
-        gpus = plan.gpus_per_process * (config.inference_model.tensor_parallel_size if role == "inference" else 1)
-        return start_actors(cls, plan.roles[role], plan.device, gpus, plan.threads[role], environment, *arguments)
+        return start_actors(cls, places[role], plan.device, gpus[role], plan.threads[role], environment, *arguments)
 
     inference, attention = config.inference_model, config.model.attn_implementation
     spec = engine_spec(config, model, plan.device)
@@ -298,18 +310,26 @@ def make_admission(config: RunConfig) -> Admission:
 
 
 def start_collectors(
-    config: RunConfig, model: str, data: tasks.EncodedProblems, engines: list[ActorHandle], references: list[ActorHandle]
+    config: RunConfig,
+    plan: Plan,
+    model: str,
+    data: tasks.EncodedProblems,
+    engines: list[ActorHandle],
+    references: list[ActorHandle],
 ) -> tuple[ActorHandle, dict[str, ActorHandle]]:
-    """The replay buffer's actor, and a collector beside each engine, by the names that errors use.
+    """The replay buffer's actor, and a collector on each engine's node, by the names that errors use.
 
     The buffer is started by TorchRL's `as_remote`, not as its RayReplayBuffer, whose calls have no deadline.
     """
     resources = {"num_cpus": 0, "num_gpus": 0}
-    buffer = GroupBuffer.as_remote(resources).remote()
+    buffer = GroupBuffer.as_remote(resources).options(resources=on_node(config.ray, plan.nodes[0])).remote()
     shared, names = ray.put(data), list(named("inference", engines))
-    start = ray.remote(**resources, max_concurrency=3)(CollectorActor).remote
+    collector = ray.remote(**resources, max_concurrency=3)(CollectorActor)
     actors = [
-        start(config, model, shared, engine, name, references, buffer) for engine, name in zip(engines, names, strict=True)
+        collector.options(resources=on_node(config.ray, node)).remote(
+            config, model, shared, engine, name, references, buffer
+        )
+        for engine, name, node in zip(engines, names, plan.nodes_of["inference"], strict=True)
     ]
     collectors = named("collector", actors)
     starting = {name: actor.start.remote() for name, actor in collectors.items()}

@@ -1,37 +1,91 @@
-"""Ray, and the processes that a run starts on it."""
+"""Ray, and the processes that a run starts on it: a Ray of its own on this machine, or a cluster that it joins.
 
-import os
+On a cluster every process has its place on a planned node, all of them reserved at once by a placement group.
+"""
+
 from contextlib import ExitStack
-from pathlib import Path
+from itertools import count
 
 import ray
 from ray.actor import ActorHandle
+from ray.util.placement_group import placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from grpo.config import RayConfig
+from grpo.errors import ActorError, ConfigError
+from grpo.nodes import Node, find_address, join_cluster, missing, node_resource, worker_environment
 from grpo.pools import named
 from grpo.remote import get, get_all
 
+Place = PlacementGroupSchedulingStrategy | str  # as Ray's options have it
+ANYWHERE = "DEFAULT"
+
 
 def start_ray(config: RayConfig, num_processes: int, closing: ExitStack) -> None:
-    """Start Ray for `num_processes` actors; `closing` ends it."""
-    path = [str(Path(__file__).parent.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    ray.init(
-        address="local",
-        num_cpus=num_processes,
-        object_store_memory=config.object_store_memory,
-        _temp_dir=config.temp_dir,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="error",
-        runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(path)}},
-    )
+    """Start Ray for `num_processes` actors, or join the cluster at ray.address; `closing` ends it, or leaves it."""
+    address = find_address(config)
+    if address is None:
+        ray.init(
+            address="local",
+            num_cpus=num_processes,
+            object_store_memory=config.object_store_memory,
+            _temp_dir=config.temp_dir,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="error",
+            runtime_env={"env_vars": worker_environment()},
+        )
+    else:
+        join_cluster(address)
     closing.callback(ray.shutdown)
 
 
+def check_shared(config: RayConfig, nodes: list[Node], paths: list[str]) -> None:
+    """Raise ConfigError where one of the cluster's `nodes` does not see one of `paths`."""
+    if config.address is None:
+        return
+    look = ray.remote(num_cpus=0)(missing)
+    calls = {f"node {node.name}": look.options(resources=node_resource(node)).remote(paths) for node in nodes}
+    found = get_all(calls, config.start_timeout_s, "looking for the run's files", "ray.start_timeout_s")
+    for name, gone in zip(calls, found, strict=True):
+        if gone:
+            raise ConfigError(
+                f"{name} does not see {gone[0]}: it must be on a file system that all nodes share, and Ray be started on "
+                "each in the directory that the run is started in"
+            )
+
+
+def reserve(config: RayConfig, nodes: dict[str, list[Node]], gpus: dict[str, float]) -> dict[str, list[Place]]:
+    """A place for each process on its node, by role, each with a CPU and a role's share of `gpus`: all of them or none.
+
+    In a Ray of the run's own, which has room for them and nothing else, they may be anywhere.
+    """
+    if config.address is None:
+        return {role: [ANYWHERE] * len(its) for role, its in nodes.items()}
+    bundles = [
+        {"CPU": 1} | node_resource(node) | ({"GPU": gpus[role]} if gpus[role] else {})
+        for role, its in nodes.items()
+        for node in its
+    ]
+    group = placement_group(bundles, strategy="SPREAD")
+    if not group.wait(config.start_timeout_s):
+        raise ActorError(
+            f"the cluster had no room for the run's {len(bundles)} processes within {config.start_timeout_s:g} s: another "
+            "run may have it; wait for that, or raise ray.start_timeout_s"
+        )
+    number = count()
+    return {role: [PlacementGroupSchedulingStrategy(group, next(number)) for _ in its] for role, its in nodes.items()}
+
+
+def on_node(config: RayConfig, node: Node) -> dict[str, float]:
+    """What an actor asks Ray for to be on `node` without a place of its own; in a Ray of the run's own there is no other."""
+    return {} if config.address is None else node_resource(node)
+
+
 def start_actors(
-    cls: type, count: int, device: str, gpus: float, threads: int, environment: dict[str, str], *arguments
+    cls: type, places: list[Place], device: str, gpus: float, threads: int, environment: dict[str, str], *arguments
 ) -> list[ActorHandle]:
-    """`count` actors of `cls`, each with its share of the machine; they are not waited for."""
+    """An actor of `cls` at each of `places`, with its share of the machine; they are not waited for."""
     common = {"OMP_NUM_THREADS": str(threads)}
     if device == "cpu":
         # Large tensors come from the heap, which keeps its pages: faulting them in anew costs a push a third of its time.
@@ -39,7 +93,7 @@ def start_actors(
         # Idle OpenMP threads spin by default, on cores that other actors compute on: pushes took four times as long.
         common |= {"GOMP_SPINCOUNT": "30000"}
     options = {"num_cpus": 1, "num_gpus": gpus, "runtime_env": {"env_vars": common | environment}}
-    return [ray.remote(**options)(cls).remote(*arguments) for _ in range(count)]
+    return [ray.remote(**options, scheduling_strategy=place)(cls).remote(*arguments) for place in places]
 
 
 def join_ranks(trainers: list[ActorHandle], config: RayConfig, starting: dict | None = None) -> None:

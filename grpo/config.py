@@ -373,8 +373,10 @@ class OptimizerConfig:
 
 @dataclass
 class RayConfig:
-    """The cluster that hosts the actors: one is started for the run."""
+    """The cluster that hosts the actors: one is started for the run, on this machine, unless it joins another."""
 
+    address: str | None = None  # HOST:PORT of a cluster to join, or auto: what RAY_ADDRESS says
+    placement: str = "spread"  # of each role's processes over a cluster's nodes; pack: on as few nodes as hold them
     temp_dir: str | None = None  # keep it short: socket paths under it have 107 characters
     object_store_memory: int = 256 << 20  # bytes
     start_timeout_s: float = 300.0  # seconds until an actor has loaded its model
@@ -383,6 +385,13 @@ class RayConfig:
     def __post_init__(self) -> None:
         _at_least("ray", self, 1, "start_timeout_s", "timeout_s")
         _at_least("ray", self, 80 << 20, "object_store_memory")
+        _one_of("ray.placement", self.placement, ("spread", "pack"))
+        _check(
+            self.address is None or re.fullmatch(r"auto|[\w.-]+:\d+", self.address) is not None,
+            "ray.address",
+            self.address,
+            "must be HOST:PORT, auto or null",
+        )
 
 
 @dataclass

@@ -21,6 +21,7 @@ from typing import Protocol
 import numpy as np
 
 from grpo.config import RunConfig
+from grpo.nodes import use_node_interface
 from grpo.rollout import Completions
 from grpo.weight_sync import Receipt
 
@@ -166,6 +167,7 @@ class InferenceActor:
 
     async def start(self) -> int:
         """Load the model; returns the process id."""
+        use_node_interface()
         self.engine = make_engine(self.spec)
         return os.getpid()
 
