@@ -151,7 +151,7 @@ class LoraConfig:
 class QuantizationConfig:
     """4 bits a weight, in the linear layers of a model that does not change (bitsandbytes' NF4)."""
 
-    enabled: bool = False
+    enabled: bool = False  # hold the base that adapters train on so
 
 
 @dataclass
