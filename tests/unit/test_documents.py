@@ -182,6 +182,7 @@ def check(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 def check_tool(module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [module, *arguments])
+    monkeypatch.delitem(sys.modules, module, raising=False)
     runpy.run_module(module, run_name="__main__")
 
 
