@@ -151,7 +151,7 @@ class LoraConfig:
 class QuantizationConfig:
     """4 bits a weight, in the linear layers of a model that does not change (bitsandbytes' NF4)."""
 
-    enabled: bool = False  # with LoRA; needs bitsandbytes. The policy is what the 4 bits stand for, from the start
+    enabled: bool = False  # with LoRA; needs bitsandbytes. Engines and model/ get what the 4 bits stand for
 
 
 @dataclass
