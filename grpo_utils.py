@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo import builtin, tasks
 from grpo.admission import Admission
-from grpo.background import CollectorActor
+from grpo.background import BUFFER, CollectorActor
 from grpo.checkpoint import Checkpoint, CheckpointWriter
 from grpo.cluster import join_ranks, start_actors, start_ray
 from grpo.collect import PromptEnv, PromptStream, make_finish
@@ -34,7 +34,7 @@ from grpo.models import check_files, load_tokenizer
 from grpo.objectives.online import divisor
 from grpo.plan import Plan, make_plan
 from grpo.pools import EnginePool, ReferencePool, TrainerPool, WeightPush, named
-from grpo.preemption import REQUEST, listen
+from grpo.preemption import REQUEST
 from grpo.reference import ReferenceActor
 from grpo.remote import LOOK_S, get_all
 from grpo.replay import GroupBuffer, make_replay_buffer
@@ -44,12 +44,14 @@ from grpo.run import Run
 from grpo.run_async import AsyncRun
 from grpo.run_sync import SyncRun
 from grpo.session import claimed
+from grpo.supervision import HEARTBEATS, Supervisor
 from grpo.trainer import TrainerActor, TrainerSpec
 
 
 @contextmanager
-def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
+def build(config: RunConfig, run_dir: Path, supervisor: Supervisor | None = None) -> Iterator[Run]:
     """A run whose actors are up; leaving the context ends every process that it started."""
+    supervisor = supervisor or Supervisor(config.ray)
     plan = make_plan(config)
     torch.set_num_threads(max(plan.threads.values()))
     task = tasks.load(config.env)
@@ -67,10 +69,9 @@ def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
             check_resume(resumed, config, data["train"])
         grading = closing.enter_context(grading_pool(config.env))
         check_reward_function(grading, data["train"].problems[:group_size])
-        take_signals = closing.enter_context(listen(config.train.grace_s, config.train.max_wall_time))
         start_ray(config.ray, sum(plan.roles.values()), closing)
-        take_signals()
-        ranks, references, actors = _start_actors(config, plan, model)
+        ranks, references, actors = start_models(config, plan, model)
+        watched = named("training", ranks) | named("reference", references) | named("inference", actors)
         timeout_s = config.ray.timeout_s
         engines = EnginePool(actors, timeout_s)
         train = config.train
@@ -103,6 +104,7 @@ def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
             closing.callback(_end_background, make_run.keywords["background"])
         else:
             buffer, collectors = start_collectors(config, model, data["train"], actors, references)
+            watched |= {BUFFER: buffer} | collectors
             make_run = partial(
                 AsyncRun,
                 buffer=buffer,
@@ -111,6 +113,7 @@ def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
                 sampling=sampling(config),
                 admission=make_admission(config),
             )
+        closing.enter_context(supervisor.watching(watched))
         log = RunLog(run_dir, config, None if resumed is None else resumed.state["log"])
         closing.callback(log.abandon)
         writer = CheckpointWriter(run_dir, train.keep_checkpoints, trainer, resumed)
@@ -129,6 +132,7 @@ def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
             log=log,
             writer=writer,
             resumed=resumed,
+            supervisor=supervisor,
         )
         with run.kept():
             yield run
@@ -196,7 +200,7 @@ def load_data(config: RunConfig, task: tasks.Task, tokenizer: PreTrainedTokenize
     return data
 
 
-def _start_actors(
+def start_models(
     config: RunConfig, plan: Plan, model: str
 ) -> tuple[list[ActorHandle], list[ActorHandle], list[ActorHandle]]:
     """Start the actors side by side and wait until each has its model: (training ranks, references, engines)."""
@@ -245,18 +249,19 @@ def connect(
         return get_all(calls, timeout_s, doing)
 
     first, actors = trainer.actors[0], engines.actors
+    sender = next(iter(named("training", trainer.actors)))
     dtype, *_ = ask(named("inference", [actor.weights_dtype.remote() for actor in actors]), "telling its dtype")
     num_receivers = len(actors) * processes_per_engine
     # Less time than the driver has: their errors say more.
-    opening = {"the first training actor": first.open_pushes.remote(transport, dtype, num_receivers, 0.8 * timeout_s)}
+    opening = {sender: first.open_pushes.remote(transport, dtype, num_receivers, 0.8 * timeout_s)}
     description, aliases, own_dtype = ask(opening, "preparing weight pushes")[0]
-    joining = {"the first training actor": first.join_pushes.remote()}
+    joining = {sender: first.join_pushes.remote()}
     for i, engine in enumerate(named("inference", actors)):
         call = actors[i].connect.remote(description, engine, i * processes_per_engine, list(aliases))
         joining[engine] = call
     _, *projected = ask(joining, "connecting trainer and engines")
     packed = sorted({aliases.get(name, name) for names in projected for name in names})
-    ask({"the first training actor": first.project.remote(packed)}, "preparing weight pushes")
+    ask({sender: first.project.remote(packed)}, "preparing weight pushes")
     coarser = min(dtype, own_dtype, key=lambda name: -torch.finfo(getattr(torch, name)).eps)
     return WeightPush(trainer, engines, aliases, coarser, timeout_s)
 
@@ -299,7 +304,7 @@ def start_collectors(
 
     The buffer is started by TorchRL's `as_remote`, not as its RayReplayBuffer, whose calls have no deadline.
     """
-    resources = {"num_cpus": 0, "num_gpus": 0}
+    resources = {"num_cpus": 0, "num_gpus": 0, "concurrency_groups": HEARTBEATS}
     buffer = GroupBuffer.as_remote(resources).remote()
     shared, names = ray.put(data), list(named("inference", engines))
     start = ray.remote(**resources, max_concurrency=3)(CollectorActor).remote
@@ -307,6 +312,6 @@ def start_collectors(
         start(config, model, shared, engine, name, references, buffer) for engine, name in zip(engines, names, strict=True)
     ]
     collectors = named("collector", actors)
-    starting = {name: actor.start.remote() for name, actor in collectors.items()}
+    starting = {name: actor.start.remote() for name, actor in collectors.items()} | {BUFFER: buffer.look.remote()}
     get_all(starting, config.ray.start_timeout_s, "starting", "ray.start_timeout_s")
     return buffer, collectors

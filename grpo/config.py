@@ -351,9 +351,12 @@ class RayConfig:
     object_store_memory: int = 256 << 20  # bytes
     start_timeout_s: float = 300.0  # until an actor has loaded its model
     timeout_s: float = 600.0  # for any other call to an actor
+    heartbeat_timeout_s: float = 30.0  # an actor that neither answers nor computes for so long is ended, and started again
+    max_restarts: int = 3  # times that an actor is started again after it died; 0: the run ends
 
     def __post_init__(self) -> None:
-        _at_least("ray", self, 1, "start_timeout_s", "timeout_s")
+        _at_least("ray", self, 1, "start_timeout_s", "timeout_s", "heartbeat_timeout_s")
+        _at_least("ray", self, 0, "max_restarts")
         _at_least("ray", self, 80 << 20, "object_store_memory")
 
 

@@ -34,7 +34,17 @@ class CheckpointError(UserError):
 
 
 class ActorError(UserError):
-    """An actor that died, or did not answer by its deadline."""
+    """An actor that died, or did not answer by its deadline.
+
+    `actor` is its name, where one is to blame: it is what a restart is counted for. `log` are the last lines that it wrote, and
+    `step` is the optimiser step behind which the run was, once that is known.
+    """
+
+    step: int | None = None
+
+    def __init__(self, message: str, actor: str = "", log: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.actor, self.log = actor, log
 
 
 def one_line(error: BaseException) -> str:

@@ -19,8 +19,10 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
+import psutil
 
 from grpo.config import RunConfig
+from grpo.leftovers import claim_segments
 from grpo.rollout import Completions
 from grpo.weight_sync import Receipt
 
@@ -167,6 +169,8 @@ class InferenceActor:
     async def start(self) -> int:
         """Load the model; returns the process id."""
         self.engine = make_engine(self.spec)
+        if self.spec.tensor_parallel_size > 1:  # vLLM talks to the processes of such an engine through segments without a mark
+            claim_segments([os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))])
         return os.getpid()
 
     async def weights_dtype(self) -> str:

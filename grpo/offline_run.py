@@ -22,6 +22,7 @@ from grpo.preemption import REQUEST
 from grpo.resume import SUMMARY, write_whole
 from grpo.scored import EncodedGroup, EncodedGroups, batches_of, collate
 from grpo.session import Session, is_due
+from grpo.supervision import Supervisor
 
 
 @dataclass
@@ -55,6 +56,7 @@ class OfflineRun(Session):
     log: RunLog
     writer: CheckpointWriter
     resumed: Checkpoint | None
+    supervisor: Supervisor
     progress: OfflineProgress = field(default_factory=OfflineProgress)
     started_s: float | None = None  # `_training_clock` when the loop began,
     stepped_s: float = 0.0  # and at the last step
@@ -65,6 +67,7 @@ class OfflineRun(Session):
         if self.resumed is not None:
             state = self.resumed.state
             self.trainer.load(self.resumed.trainer, state["trainer"])
+            self.supervisor.take_up(state["restarts"])
             self.progress = OfflineProgress(**state["progress"])
             self.clock.total |= self.progress.phases_s
             self.saved = self._where
@@ -144,6 +147,7 @@ class OfflineRun(Session):
                 "progress": asdict(self.progress) | times,
                 "log": self.log.position,
                 "config": asdict(self.config),
+                "restarts": self.supervisor.restarts,
                 "data": self.train.fingerprint,
             }
             self.writer.start(self.progress.num_steps, state, {}, self.progress.best_step)
@@ -164,7 +168,7 @@ class OfflineRun(Session):
             "wall_s": round(training_s, 3),
             "samples_per_s": round(now.samples_trained / training_s, 1),
             "phases_s": {"train": round(self.clock.total["train"], 3)},
-            "restarts": {},
+            "restarts": self.supervisor.restarts,
         }
         write_whole(self.run_dir / SUMMARY, json.dumps(summary, indent=2) + "\n")
         plot_run(self.run_dir)

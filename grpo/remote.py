@@ -1,11 +1,13 @@
 """Calls to Ray actors with a deadline and an error that names who did not answer.
 
 Every wait of the driver goes through `get`. An error that a user can read (UserError) raised inside an actor comes out as
-itself; a death or a missed deadline comes out as one line.
+itself; a death or a missed deadline comes out as one line, with the last lines that the actor wrote.
 """
 
+import re
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -16,6 +18,8 @@ from grpo.errors import ActorError, UserError, one_line
 from grpo.preemption import REQUEST
 
 LOOK_S = 0.5  # between two looks at whether the run is asked to end
+PEER_S = 5.0  # what one actor says of another's death may come before the death itself, by less than this
+LOG_LINES, LOG_BYTES = 3, 4096
 
 
 def get(call: Any, timeout_s: float, actor: str, doing: str, key: str = "ray.timeout_s") -> Any:
@@ -27,15 +31,14 @@ def get(call: Any, timeout_s: float, actor: str, doing: str, key: str = "ray.tim
         return ray.get(call, timeout=timeout_s)
     except GetTimeoutError:
         raise ActorError(
-            f"{actor} did not answer within {timeout_s:g} s while {doing}; if that is no hang, raise {key}"
+            f"{actor} did not answer within {timeout_s:g} s while {doing}; if that is no hang, raise {key}", actor
         ) from None
     except RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise error.cause from None
         raise
     except RayActorError as error:
-        reason = one_line(error) if isinstance(error, ActorDiedError) else type(error).__name__
-        raise ActorError(f"{actor} died while {doing}: {reason[:400]}") from None
+        raise ActorError(f"{actor} died while {doing}: {_reason(error)}", actor, last_lines(error)) from None
 
 
 def get_all(
@@ -43,7 +46,8 @@ def get_all(
 ) -> list[Any]:
     """The results of several actors' calls (by the actors' names) under one deadline; the first failure is raised.
 
-    With `can_be_left` a run that is asked to end meanwhile does not wait for them (Preempted).
+    What an actor says because another one died is not the failure: the death is. With `can_be_left` a run that is asked to
+    end meanwhile does not wait for them (Preempted).
     """
     waiting = {call: actor for actor, call in calls.items()}
     deadline, in_main_thread = time.monotonic() + timeout_s, threading.current_thread() is threading.main_thread()
@@ -61,5 +65,50 @@ def get_all(
         if not done and time.monotonic() < deadline:
             continue
         for call in done or list(waiting)[:1]:
-            get(call, timeout_s if done else 0.0, waiting.pop(call), doing, key)
+            actor = waiting.pop(call)
+            try:
+                get(call, timeout_s if done else 0.0, actor, doing, key)
+            except ActorError:
+                raise
+            except (UserError, RayTaskError):
+                _raise_a_death(waiting, doing)
+                raise
     return ray.get(list(calls.values()))
+
+
+def _raise_a_death(waiting: dict[ObjectRef, str], doing: str) -> None:
+    """Raise ActorError if one of the actors that are waited for has died, or does so within PEER_S."""
+    deadline = time.monotonic() + PEER_S
+    while waiting and time.monotonic() < deadline:
+        done, _ = ray.wait(list(waiting), timeout=PEER_S)
+        for call in done:
+            actor = waiting.pop(call)
+            try:
+                get(call, 0.0, actor, doing)
+            except ActorError:
+                raise
+            except (UserError, RayTaskError):
+                continue  # another one that says so
+
+
+def _reason(error: RayActorError) -> str:
+    """Why the actor died, without Ray's list of what may be the cause of any death."""
+    if not isinstance(error, ActorDiedError):
+        return type(error).__name__
+    text = one_line(error)
+    found = re.search(r"The actor is dead because.*", text)
+    return (found.group() if found else text).split(" There are some potential root causes")[0][:400]
+
+
+def last_lines(error: RayActorError) -> tuple[str, ...]:
+    """The last lines that the actor's process wrote, where its log is on this machine."""
+    process = re.search(r"\bpid: (\d+)", str(error))
+    node = ray._private.worker._global_node
+    if process is None or node is None:
+        return ()
+    lines: list[str] = []
+    for path in sorted(Path(node.get_logs_dir_path()).glob(f"worker-*-{process.group(1)}.*")):  # .err, then .out
+        data = path.read_bytes()[-LOG_BYTES:]
+        lines += [line.strip() for line in data.decode(errors="replace").splitlines() if line.strip()]
+    # Ray's own marks, which tell where an actor's or a task's lines begin.
+    return tuple(line for line in lines if not line.startswith(":"))[-LOG_LINES:]

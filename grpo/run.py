@@ -25,6 +25,7 @@ from grpo.pools import EnginePool, TrainerPool, WeightPush
 from grpo.resume import SUMMARY, write_whole
 from grpo.rewards import Grade
 from grpo.session import Session, is_due
+from grpo.supervision import Supervisor
 from grpo.tasks import EncodedProblems
 
 MOST_DROPPED = 50  # batches of groups without advantage in a row
@@ -68,6 +69,7 @@ class Run(Session):
     log: RunLog
     writer: CheckpointWriter
     resumed: Checkpoint | None
+    supervisor: Supervisor
     progress: Progress = field(default_factory=Progress)
     first_use: bool = True  # whether the batch in hand has not been trained on before
     of_batch: dict[str, float] = field(default_factory=dict)  # what its mode has to say of it in metrics.jsonl
@@ -81,6 +83,7 @@ class Run(Session):
         if self.resumed is not None:
             state = self.resumed.state
             self.trainer.load(self.resumed.trainer, state["trainer"])
+            self.supervisor.take_up(state["restarts"])
             self.progress = Progress(**state["progress"])
             self.clock.total |= self.progress.phases_s
             self._restore(self.resumed)
@@ -196,6 +199,7 @@ class Run(Session):
                 "progress": asdict(self.progress) | times,
                 "log": self.log.position,
                 "config": asdict(self.config),
+                "restarts": self.supervisor.restarts,
                 "data": self.data["train"].fingerprint,
             }
             self.writer.start(self.progress.num_steps, state, collections, self.progress.best_step)
@@ -236,7 +240,7 @@ class Run(Session):
             "wall_s": round(training_s, 3),
             "samples_per_s": round(now.samples_trained / training_s, 1),
             "phases_s": {name: round(s, 3) for name, s in self.clock.total.items() if name not in ("eval", "checkpoint")},
-            "restarts": {},
+            "restarts": self.supervisor.restarts,
         }
         summary |= self._account(summary)
         write_whole(self.run_dir / SUMMARY, json.dumps(summary, indent=2) + "\n")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.checkpoint import Checkpoint, CheckpointWriter, newest
-from grpo.errors import ConfigError, TrainingError
+from grpo.errors import ActorError, ConfigError, TrainingError
 from grpo.metrics import Clock
 from grpo.preemption import Preempted, saved_in_time
 from grpo.resume import CONFIG, SUMMARY, locked, write_config
@@ -51,6 +51,9 @@ class Session:
                 yield
             except Preempted as stop:
                 stop.saved = self._save_and_end()
+                raise
+            except ActorError as error:
+                error.step = self.progress.num_steps
                 raise
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):

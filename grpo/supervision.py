@@ -1,0 +1,208 @@
+"""What a run does about actors that die or hang: it starts what is missing again, and goes on.
+
+    driver thread   alive? alive? alive? ...           no answer for ray.heartbeat_timeout_s: the process is killed
+    driver          step ─ step ─ ✗ ActorError ─ end all actors ─ start them again ─ newest checkpoint ─ step ─ ...
+
+An actor answers heartbeats from a thread of its own, so a long step is no silence. Who may be started again, and how often,
+is counted here; that a run goes on exactly is the checkpoint's doing.
+"""
+
+import os
+import re
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+from ray import ObjectRef
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
+
+from grpo.config import RayConfig
+from grpo.errors import ActorError
+from grpo.leftovers import marked
+from grpo.preemption import REQUEST, Preempted, listen
+
+HEARTBEATS = {"heartbeat": 1}  # the concurrency group, of one thread, in which an actor answers them
+BUSY = 0.2  # of a core: a process that computes this much is not dead, though it may hold Python's lock
+
+
+def supervised(
+    config: Any,
+    run_dir: Path,
+    build: Callable[[Any, Path, "Supervisor"], AbstractContextManager],
+    train: Callable[[Any], None],
+) -> None:
+    """Build the run, train and finish it; where an actor dies, again from the newest checkpoint, as resume= does."""
+    supervisor = Supervisor(config.ray)
+    with marked(), listen(config.train.grace_s, config.train.max_wall_time):
+        while True:
+            try:
+                with build(config, run_dir, supervisor) as run:
+                    run.begin()
+                    train(run)
+                    run.finish()
+                return
+            except ActorError as error:
+                checkpoint = _latest(run_dir)
+                if REQUEST.reason is not None:  # a checkpoint of what is lost would be the one that there is
+                    stop = Preempted(REQUEST.reason)
+                    stop.saved = checkpoint or "nothing"
+                    raise stop from None
+                again = supervisor.count(error, f"{checkpoint or 'no checkpoint'} is whole: go on with resume={run_dir}")
+                print(f"Warning: {error}; the run goes on from {checkpoint or 'its start'} ({again})", file=sys.stderr)
+            config = replace(config, resume=str(run_dir))
+
+
+def _latest(run_dir: Path) -> str | None:
+    latest = run_dir / "checkpoints" / "LATEST"
+    return latest.read_text().strip() if latest.is_file() else None
+
+
+def role(actor: str) -> str:
+    """`inference actor 1` is of the role inference."""
+    return re.sub(r"^the (first )?| actor( \d+)?$", "", actor)
+
+
+class Supervisor:
+    """Counts how often actors were started again, and has them watched."""
+
+    def __init__(self, config: RayConfig) -> None:
+        self.most, self.heartbeat_timeout_s = config.max_restarts, config.heartbeat_timeout_s
+        self.counts: Counter[str] = Counter()  # by the actors' names
+        self.before: Counter[str] = Counter()  # by role, of the processes that were at this run before this one
+
+    @property
+    def restarts(self) -> dict[str, int]:
+        """How often actors of each role were started again."""
+        total = Counter(self.before)
+        for actor, count in self.counts.items():
+            total[role(actor)] += count
+        return dict(total)
+
+    def take_up(self, restarts: dict[str, int]) -> None:
+        """Go on counting from a checkpoint's, unless its run is this process's own."""
+        if not self.counts:
+            self.before = Counter(restarts)
+
+    def count(self, error: ActorError, kept: str) -> str:
+        """The actor that `error` is of is to be started again; returns the count in words.
+
+        Raises ActorError where that was done ray.max_restarts times already, with what is `kept`; and `error` itself where
+        no actor is to blame.
+        """
+        if not error.actor:
+            raise error
+        where = "" if error.step is None else f" (behind step {error.step})"
+        if self.counts[error.actor] >= self.most:
+            wrote = f"; it wrote last: {' | '.join(error.log)}" if error.log else ""
+            raise ActorError(
+                f"{error}{where}{wrote}; it was started again {self.most} times, as often as ray.max_restarts allows; {kept}"
+            ) from None
+        self.counts[error.actor] += 1
+        return f"restart {self.counts[error.actor]} of at most {self.most}{where}"
+
+    @contextmanager
+    def watching(self, actors: dict[str, ActorHandle]) -> Iterator[None]:
+        """Have these actors, by their names, asked for heartbeats meanwhile."""
+        watch = Watch(actors, self.heartbeat_timeout_s)
+        thread = threading.Thread(target=watch.run, name="watch", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            watch.ended.set()
+            thread.join()
+
+
+@dataclass
+class Watched:
+    """One actor, as the watch sees it."""
+
+    actor: ActorHandle
+    call: ObjectRef
+    process: psutil.Process | None = None  # where it runs on this machine
+    silent_s: float = 0.0  # since the last answer
+    worked_s: float = 0.0  # processor seconds by then
+
+
+class Watch:
+    """Kills the process of an actor that does not answer for `timeout_s` seconds, so that every wait for it ends."""
+
+    def __init__(self, actors: dict[str, ActorHandle], timeout_s: float) -> None:
+        self.timeout_s, self.interval_s = timeout_s, min(2.0, timeout_s / 8)
+        self.watched = {name: Watched(actor, ask(actor)) for name, actor in actors.items()}
+        self.ended = threading.Event()
+
+    def run(self) -> None:
+        before = time.monotonic()
+        while not self.ended.wait(self.interval_s):
+            now = time.monotonic()
+            # A driver that was stopped itself has heard nothing of its actors for reasons of its own.
+            passed, before = min(now - before, 2 * self.interval_s), now
+            self.look(passed)
+
+    def look(self, passed_s: float) -> None:
+        """Hear who has answered, `passed_s` seconds after the last look."""
+        for name, watched in list(self.watched.items()):
+            if ray.wait([watched.call], timeout=0)[0]:
+                self._hear(name, watched)
+                continue
+            watched.silent_s += passed_s
+            if watched.silent_s >= self.timeout_s and not self._is_busy(watched):
+                self._kill(name, watched)
+
+    def _hear(self, name: str, watched: Watched) -> None:
+        try:
+            pid, node = ray.get(watched.call)
+        except RayActorError:
+            del self.watched[name]  # whoever calls it is told so
+            return
+        watched.silent_s = 0.0
+        if node == ray.get_runtime_context().get_node_id():
+            with suppress(psutil.NoSuchProcess):
+                watched.process = watched.process or psutil.Process(pid)
+                watched.worked_s = _worked_s(watched.process)
+        watched.call = ask(watched.actor)
+
+    def _is_busy(self, watched: Watched) -> bool:
+        """Whether it computes: a library may hold Python's lock for long, and calls have deadlines of their own."""
+        if watched.process is None:
+            return False
+        try:
+            return _worked_s(watched.process) - watched.worked_s > BUSY * watched.silent_s
+        except psutil.NoSuchProcess:
+            return False
+
+    def _kill(self, name: str, watched: Watched) -> None:
+        del self.watched[name]
+        print(
+            f"Warning: {name} did not answer for {watched.silent_s:.0f} s (ray.heartbeat_timeout_s) and is ended",
+            file=sys.stderr,
+        )
+        if watched.process is None:
+            ray.kill(watched.actor)
+            return
+        with suppress(psutil.NoSuchProcess):
+            watched.process.kill()
+
+
+def ask(actor: ActorHandle) -> ObjectRef:
+    """A heartbeat: the actor's process id and node, to come."""
+    return actor.__ray_call__.options(concurrency_group="heartbeat").remote(_alive)
+
+
+def _alive(actor: object) -> tuple[int, str]:
+    return os.getpid(), ray.get_runtime_context().get_node_id()
+
+
+def _worked_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return times.user + times.system

@@ -1,0 +1,158 @@
+"""Who is started again, how often, and what is said in the end; which silence is a death."""
+
+import pickle
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import ray
+
+from grpo import supervision
+from grpo.config import RayConfig
+from grpo.errors import ActorError
+from grpo.preemption import REQUEST, Preempted
+from grpo.supervision import Supervisor, Watch, role, supervised
+
+
+def died(actor: str = "inference actor 1", step: int | None = 7, log: tuple[str, ...] = ()) -> ActorError:
+    error = ActorError(f"{actor} died while sampling", actor, log)
+    error.step = step
+    return error
+
+
+@pytest.mark.parametrize(
+    ("actor", "expected"),
+    [
+        ("the inference actor", "inference"),
+        ("inference actor 12", "inference"),
+        ("training actor 0", "training"),
+        ("the replay buffer actor", "replay buffer"),
+    ],
+)
+def test_actors_have_roles(actor, expected):
+    assert role(actor) == expected
+
+
+def test_each_actor_is_started_again_as_often_as_allowed_and_roles_are_counted_together():
+    supervisor = Supervisor(RayConfig(max_restarts=2))
+    assert supervisor.count(died(), "") == "restart 1 of at most 2 (behind step 7)"
+    assert supervisor.count(died(), "") == "restart 2 of at most 2 (behind step 7)"
+    assert supervisor.count(died("inference actor 0", None), "") == "restart 1 of at most 2"
+    assert supervisor.restarts == {"inference": 3}
+    with pytest.raises(
+        ActorError,
+        match=r"^inference actor 1 died while sampling \(behind step 7\); it wrote last: one \| two; it was started again 2 times, "
+        r"as often as ray.max_restarts allows; checkpoint_000003 is whole$",
+    ):
+        supervisor.count(died(log=("one", "two")), "checkpoint_000003 is whole")
+    assert supervisor.restarts == {"inference": 3}
+
+
+def test_an_error_that_no_actor_is_to_blame_for_ends_the_run():
+    with pytest.raises(ActorError, match="^no batch could be made$"):
+        Supervisor(RayConfig()).count(ActorError("no batch could be made"), "")
+
+
+def test_a_run_that_goes_on_in_another_process_goes_on_counting():
+    supervisor = Supervisor(RayConfig())
+    supervisor.take_up({"training": 2})
+    supervisor.count(died("training actor 0"), "")
+    assert supervisor.restarts == {"training": 3}
+    supervisor.take_up({"training": 2})  # the checkpoint that it went on from, of this process's own run
+    assert supervisor.restarts == {"training": 3}
+
+
+def test_the_error_keeps_its_actor_on_the_way_out_of_another_actor():
+    error = pickle.loads(pickle.dumps(died(log=("a",))))
+    assert (str(error), error.actor, error.log) == ("inference actor 1 died while sampling", "inference actor 1", ("a",))
+
+
+class Part:
+    """A run whose every attempt ends as it is told."""
+
+    def __init__(self, *ends) -> None:
+        self.ends, self.resumed = list(ends), []
+
+    @contextmanager
+    def build(self, config, run_dir, supervisor):
+        self.resumed.append(config.resume)
+        yield SimpleNamespace(begin=lambda: None, finish=lambda: None)
+
+    def train(self, run) -> None:
+        if end := self.ends.pop(0):
+            raise end
+
+
+@pytest.fixture
+def config():
+    from grpo.launch import compose
+
+    return compose("grpo_arithmetic", ["ray.max_restarts=1"])
+
+
+def test_a_run_goes_on_from_its_newest_checkpoint_and_a_second_death_of_another_actor_counts_apart(config, tmp_path, capsys):
+    part = Part(died(), died("the reference actor"), None)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "LATEST").write_text("checkpoint_000003\n")
+    supervised(config, tmp_path, part.build, part.train)
+    assert part.resumed == [None, str(tmp_path), str(tmp_path)]
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == (
+        "Warning: inference actor 1 died while sampling; the run goes on from checkpoint_000003 (restart 1 of at most 1 (behind "
+        "step 7))"
+    )
+    assert second.startswith("Warning: the reference actor died while sampling; the run goes on from checkpoint_000003")
+
+
+def test_an_actor_that_dies_while_the_run_is_asked_to_end_is_not_started_again(config, tmp_path):
+    part = Part(died())
+
+    def train(run) -> None:
+        REQUEST.reason = "SIGTERM"
+        part.train(run)
+
+    with pytest.raises(Preempted, match="SIGTERM") as ended:
+        supervised(config, tmp_path, part.build, train)
+    assert ended.value.saved == "nothing"
+    assert REQUEST.reason is None
+
+
+class Silent:
+    """A process in which nothing answers; what it has computed is told."""
+
+    def __init__(self, worked_s: float) -> None:
+        self.worked_s, self.killed = worked_s, False
+
+    def cpu_times(self):
+        return SimpleNamespace(user=self.worked_s, system=0.0)
+
+    def kill(self) -> None:
+        self.killed = True
+
+
+@pytest.mark.parametrize(("worked_s", "killed"), [(0.5, True), (5.0, False)])
+def test_silence_is_a_death_where_nothing_is_computed(monkeypatch, worked_s, killed, capsys):
+    monkeypatch.setattr(supervision, "ask", lambda actor: actor)
+    monkeypatch.setattr(ray, "wait", lambda calls, timeout: ([], calls))
+    watch = Watch({"the training actor": "call"}, timeout_s=10.0)
+    watched, process = watch.watched["the training actor"], Silent(worked_s)
+    watched.process = process
+    assert watch.interval_s == 1.25
+    for _ in range(8):
+        assert not process.killed
+        watch.look(1.25)
+    assert process.killed == killed
+    assert ("did not answer for 10 s" in capsys.readouterr().err) == killed
+    assert ("the training actor" in watch.watched) != killed
+
+
+def test_a_process_that_is_gone_is_no_busy_one(monkeypatch):
+    monkeypatch.setattr(supervision, "ask", lambda actor: actor)
+    watch = Watch({"the training actor": "call"}, timeout_s=10.0)
+
+    def gone():
+        raise psutil.NoSuchProcess(1)
+
+    watch.watched["the training actor"].process = SimpleNamespace(cpu_times=gone)
+    assert not watch._is_busy(watch.watched["the training actor"])
