@@ -52,6 +52,7 @@ bench: setup .venv-peers/installed ## the figures of README.md, written to bench
 	$(BIN)/python -m benchmarks.peers --model random50m
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.push
+	$(BIN)/python -m benchmarks.push_stall
 	$(BIN)/python -m benchmarks.checkpoint
 	$(BIN)/python -m benchmarks.grading
 	$(BIN)/python -m benchmarks.transport

@@ -19,7 +19,7 @@ from ray.actor import ActorHandle
 from transformers import PreTrainedTokenizerBase
 
 from grpo import builtin, tasks
-from grpo.admission import Admission
+from grpo.admission import Admission, UniformAdmission
 from grpo.background import BUFFER, CollectorActor
 from grpo.checkpoint import Checkpoint, CheckpointWriter
 from grpo.cluster import join_ranks, start_actors, start_ray
@@ -287,14 +287,10 @@ def sampling(config: RunConfig) -> Sampling:
 
 
 def make_admission(config: RunConfig) -> Admission:
-    train = config.train
-    return Admission(
-        config.groups_per_batch,
-        config.num_groups,
-        config.staleness_bound,
-        config.steps_per_push // train.epochs,
-        None if train.buffer_size is None else train.buffer_size // config.env.repeats,
-    )
+    sizes = config.groups_per_batch, config.num_groups, config.staleness_bound, config.batches_per_push
+    if config.train.replay == "uniform":
+        return UniformAdmission(*sizes, config.running_groups, config.buffered_groups, config.seed)
+    return Admission(*sizes, config.buffered_groups)
 
 
 def start_collectors(

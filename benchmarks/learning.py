@@ -8,42 +8,22 @@ ceiling is the built-in recipe trained on right demonstrations alone, on the sam
 
 import argparse
 import json
-import subprocess
-import sys
-import tempfile
 from dataclasses import replace
 from datetime import date
-from pathlib import Path
 
 import torch
 
 from benchmarks.machine import describe
+from benchmarks.training import RESULTS, mean_interval, train
 from grpo import builtin
 from grpo.config import EnvConfig
 from grpo.intervals import wilson
 from grpo.tasks import load
 from grpo.tasks.arithmetic import split_expressions
 
-ROOT = Path(__file__).resolve().parent.parent
-STUDENT_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # by the number of seeds
-RESULTS = ROOT / "benchmarks" / "results" / "learning.json"
-
 
 def interval(share: float, n: int) -> list[float]:
     return [round(end, 4) for end in wilson(share, n)]
-
-
-def train(*overrides: str) -> dict:
-    """One run of the script; its summary, with the command that made it."""
-    command = ["grpo_sync.py", "--config-name", "grpo_arithmetic", "logging.progress=false", *overrides]
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, *command, f"hydra.run.dir={folder}"], cwd=ROOT, check=True)
-        summary = json.loads((Path(folder) / "summary.json").read_text())
-    for when in ("before", "after"):
-        result = summary["eval"][when]
-        result["interval_95"] = interval(result["accuracy"], result["n"])
-    kept = ("eval", "steps", "samples_trained", "wall_s", "samples_per_s", "phases_s")
-    return {"command": " ".join(["python", *command])} | {key: summary[key] for key in kept}
 
 
 def ceiling() -> dict:
@@ -70,12 +50,11 @@ def ceiling() -> dict:
 
 def summarise(results: dict) -> dict:
     """Mean test accuracy after training over the seeds with Student's 95% interval, and what the control gained."""
-    after = torch.tensor([run["eval"]["after"]["accuracy"] for run in results["runs"]], dtype=torch.float64)
-    half = float(STUDENT_95[len(after)] * after.std() / len(after) ** 0.5)
+    mean, half = mean_interval([run["eval"]["after"]["accuracy"] for run in results["runs"]])
     control = results["control_shuffled_rewards"]["eval"]
     return {
-        "accuracy_after_mean": round(float(after.mean()), 4),
-        "accuracy_after_interval_95": [round(float(after.mean()) - half, 4), round(float(after.mean()) + half, 4)],
+        "accuracy_after_mean": round(mean, 4),
+        "accuracy_after_interval_95": [round(mean - half, 4), round(mean + half, 4)],
         "training_s_max": max(run["wall_s"] for run in results["runs"]),
         "control_gain": round(control["after"]["accuracy"] - control["before"]["accuracy"], 4),
     }
@@ -87,12 +66,13 @@ def main() -> None:
     arguments = parser.parse_args()
     results = {"date": date.today().isoformat(), "machine": describe(), "runs": []}
     for seed in arguments.seeds:
-        results["runs"].append({"seed": seed} | train(f"seed={seed}"))
-    results["control_shuffled_rewards"] = train("seed=0", "env.reward_fn=benchmarks/shuffled_rewards.py:shuffled")
+        results["runs"].append({"seed": seed} | train("grpo_sync.py", f"seed={seed}"))
+    shuffled = "env.reward_fn=benchmarks/shuffled_rewards.py:shuffled"
+    results["control_shuffled_rewards"] = train("grpo_sync.py", "seed=0", shuffled)
     results["ceiling_supervised_right_demonstrations"] = ceiling()
     results["summary"] = summarise(results)
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "learning.json").write_text(json.dumps(results, indent=2) + "\n")
     print(json.dumps(results, indent=2))
 
 

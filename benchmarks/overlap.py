@@ -13,19 +13,20 @@ import argparse
 import json
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import ray
-import torch
 
 from benchmarks.report import save, table
 from benchmarks.subjects import configuration
+from grpo.config import RunConfig
+from grpo.plan import Plan, make_plan
 
 
 def bind(actors: list, core: int) -> None:
-    """Have each actor's process run on `core` alone, with one thread for arithmetic."""
+    """Have each actor's process run on `core` alone."""
     for actor in actors:
-        ray.get(actor.__ray_call__.remote(lambda self: torch.set_num_threads(1)))
         pid = ray.get(actor.__ray_call__.remote(lambda self: os.getpid()))
         for thread in os.listdir(f"/proc/{pid}/task"):
             os.sched_setaffinity(int(thread), {core})
@@ -35,11 +36,16 @@ def measure(mode: str, bound: bool, steps: int, overrides: list[str]) -> dict:
     """A run of `steps` optimiser steps: its summary, and the seconds between its second step and its last."""
     import grpo_async
     import grpo_sync
-    from grpo_utils import build
+    import grpo_utils
 
+    def plan_bound(config: RunConfig) -> Plan:
+        plan = make_plan(config)
+        return replace(plan, threads=dict.fromkeys(plan.threads, 1)) if bound else plan
+
+    grpo_utils.make_plan = plan_bound
     config = configuration("random50m", steps, *overrides, *(["mode=async"] if mode == "async" else []))
     with tempfile.TemporaryDirectory(dir=".") as folder:
-        with build(config, Path(folder)) as run:
+        with grpo_utils.build(config, Path(folder)) as run:
             if bound:
                 cores = sorted(os.sched_getaffinity(0))
                 bind(run.engines.actors, cores[0])

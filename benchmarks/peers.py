@@ -5,7 +5,8 @@
 
 Same model, prompts, rewards, group size, batch, token budget, temperature and learning rate; no reference on either side;
 float32 on both. TRL generates with transformers, since its vLLM modes need a GPU, at the best of the settings tried here
-for a CPU. The pipeline runs before TRL and after it.
+for a CPU. The pipeline runs before TRL and after it, synchronously; and once asynchronously, with one engine and one trainer
+that share the cores, from the first prompt to the last optimiser step.
 
 TRL has an environment of its own, .venv-peers, from benchmarks/requirements_peers.txt (make bench sets it up).
 """
@@ -28,6 +29,7 @@ from grpo.config import RunConfig
 
 PYTHON = ROOT / ".venv-peers" / "bin" / "python"
 STEPS = {"builtin": {"ours": (4, 12), "trl": (3, 12)}, "random50m": {"ours": (1, 1), "trl": (0, 1)}}  # warm-up, measured
+ASYNC_STEPS = {"builtin": 48, "random50m": 6}
 TRIAL = (3, 5)  # of each variant, where there are several
 VARIANTS = {
     "builtin": [
@@ -53,6 +55,24 @@ def ours(config: RunConfig, warm_up: int, task: tasks.Task) -> dict:
         if config.env.reward_fn is None:
             check_rewards(task, batches)
     return {"seconds": seconds[warm_up:], "tokens": tokens[warm_up:]}
+
+
+def ours_async(config: RunConfig, task: tasks.Task) -> dict:
+    """Seconds of a whole run, when each of its steps ended, and the tokens that it was trained on."""
+    from grpo_utils import build
+
+    ends, tokens = [], []
+    with tempfile.TemporaryDirectory() as folder, build(config, Path(folder)) as run:
+        start = time.perf_counter()
+        for batch in run.batches():
+            run.step(batch)
+            if run.push_is_due:
+                run.push_weights()
+            ends.append(round(time.perf_counter() - start, 4))
+            tokens.append(int(batch["response_length"].sum()))
+    if config.env.reward_fn is None:
+        check_rewards(task, [batch])
+    return {"seconds": ends[-1], "step_ends_s": ends, "tokens": tokens}
 
 
 def check_rewards(task: tasks.Task, batches: list) -> None:
@@ -115,14 +135,23 @@ def main() -> None:
     trl_warm_up, trl_steps = STEPS[arguments.model]["trl"]
     theirs = trl(request | variants[0] | {"warm_up": trl_warm_up, "steps": trl_steps})
     after = ours(config, warm_up, task)
+    async_steps = ASYNC_STEPS[arguments.model]
+    keys = ["train.kl_to_ref_coeff=0", "mode=async", *arguments.overrides]
+    beside = ours_async(configuration(arguments.model, async_steps, *keys), task)
 
     responses = config.train.dialog_turns_per_batch
     here, there = median(before["seconds"] + after["seconds"]), median(theirs["seconds"])
     results = {
         "ratio": round(there / here, 4),
         "ratio_before_and_after": [round(there / median(side["seconds"]), 4) for side in (before, after)],
-        "samples_per_s": {"pipeline": round(responses / here, 2), "trl": round(responses / there, 2)},
+        "ratio_asynchronous": round(there / (beside["seconds"] / async_steps), 4),
+        "samples_per_s": {
+            "pipeline": round(responses / here, 2),
+            "pipeline, asynchronous": round(responses * async_steps / beside["seconds"], 2),
+            "trl": round(responses / there, 2),
+        },
         "pipeline_s": {"before": spread(before["seconds"]), "after": spread(after["seconds"])},
+        "asynchronous": beside | {"steps": async_steps},
         "trl_s": spread(theirs["seconds"]),
         "tokens_a_step": {"pipeline": before["tokens"] + after["tokens"], "trl": theirs["tokens"]},
         "trl": {
@@ -137,10 +166,16 @@ def main() -> None:
         ["", "s a step", "responses/s", "tokens a step"],
         [
             ["pipeline", here, responses / here, median(results["tokens_a_step"]["pipeline"])],
+            [
+                "pipeline, asynchronous",
+                beside["seconds"] / async_steps,
+                results["samples_per_s"]["pipeline, asynchronous"],
+                median(beside["tokens"]),
+            ],
             [f"TRL {theirs['versions']['trl']}", there, responses / there, median(theirs["tokens"])],
         ],
     )
-    print(f"ratio {there / here:.2f}")
+    print(f"ratio {results['ratio']:.2f}, asynchronous {results['ratio_asynchronous']:.2f}")
 
 
 if __name__ == "__main__":

@@ -15,11 +15,15 @@ nothing that was sampled is thrown away and nothing older than the bound is trai
 
 A push may come early (at the end of a run, or when one is resumed), which leaves more time, never less. A group is started
 once and in one batch, however long its responses are.
+
+`UniformAdmission` draws batches at random instead, from all finished groups within their deadlines.
 """
 
 import math
 from bisect import bisect_right
 from collections.abc import Iterable
+
+import numpy as np
 
 
 class Admission:
@@ -42,6 +46,7 @@ class Admission:
         self.next_id = 0
         self.deadlines: dict[int, int] = {}  # of the groups that are started and not yet chosen
         self.again: list[int] = []  # started by a process that ended, and to be started again
+        self.leaving: list[int] = []  # the buffer, with the batch that was chosen last
 
     @property
     def is_over(self) -> bool:
@@ -76,7 +81,12 @@ class Admission:
         for i in chosen:
             del self.deadlines[i]
         self.batch += 1
-        return sorted(chosen)
+        self.leaving = sorted(chosen)
+        return self.leaving
+
+    def of_batch(self, chosen: list[int]) -> dict[str, float]:
+        """What is to be logged of the batch that was chosen last."""
+        return {}
 
     def _fit(self, deadlines: list[int], first: int) -> bool:
         """Whether groups with these deadlines (sorted) fit into the batches from `first` on."""
@@ -102,3 +112,71 @@ class Admission:
     def restore(self, batch: int, first_batch: int, next_id: int, again: list[int]) -> None:
         """Go on after `batch` batches; the groups `again` were started and are lost."""
         self.batch, self.first_batch, self.next_id, self.again, self.deadlines = batch, first_batch, next_id, list(again), {}
+
+
+class UniformAdmission(Admission):
+    """A batch is a uniform draw, without a group twice, from all finished groups: one is trained on as often as chance has it.
+
+    A finished group stays until its deadline is over or `capacity` younger ones are there. What is started is bounded by
+    `most_running` and not by what is there, so engines go on at their own pace; and a batch waits for those groups alone
+    whose last batch it is, so that each can be drawn at least once, however long its responses are. `max_staleness` must be
+    at least 1, or what is started while a batch waits would have to be waited for too.
+    """
+
+    def __init__(
+        self,
+        groups_per_batch: int,
+        num_groups: int,
+        max_staleness: int,
+        batches_per_version: int,
+        most_running: int,
+        capacity: int,
+        seed: int,
+    ) -> None:
+        """`num_groups`: of all batches of the run together."""
+        super().__init__(groups_per_batch, num_groups, max_staleness, batches_per_version, most_running)
+        self.capacity, self.seed = capacity, seed
+        self.there: dict[int, int] = {}  # deadlines of finished groups, in the order in which they came
+        self.uses: dict[int, int] = {}  # how often each of them was trained on
+        self.expired: list[int] = []  # since the last batch
+        self.left_unused = 0  # of them
+
+    def choose(self, finished: Iterable[int]) -> list[int] | None:
+        for i in sorted(self.deadlines.keys() & set(finished)):
+            self.there[i], self.uses[i] = self.deadlines.pop(i), 0
+        late = [i for i, last in self.there.items() if last < self.batch]
+        in_time = [i for i, last in self.there.items() if last >= self.batch]
+        self._expire(late + in_time[: -self.capacity])
+        if len(self.there) < self.groups_per_batch or any(last <= self.batch for last in self.deadlines.values()):
+            return None
+        draw = np.random.default_rng([self.seed, self.batch])
+        chosen = draw.choice(sorted(self.there), self.groups_per_batch, replace=False).tolist()
+        for i in chosen:
+            self.uses[i] += 1
+        self.batch += 1
+        self.leaving, self.expired = self.expired, []
+        return sorted(chosen)
+
+    def _expire(self, ids: list[int]) -> None:
+        for i in ids:
+            del self.there[i]
+            self.left_unused += self.uses.pop(i) == 0
+        self.expired += ids
+
+    def of_batch(self, chosen: list[int]) -> dict[str, float]:
+        uses, left_unused, self.left_unused = [self.uses[i] for i in chosen], self.left_unused, 0
+        return {
+            "rollout/uses_mean": sum(uses) / len(uses),
+            "rollout/uses_max": max(uses),
+            "buffer/left_unused": left_unused,
+        }
+
+    @property
+    def state(self) -> dict:
+        """The buffer is lost with the process: its groups that were never trained on are to be started again too."""
+        state = super().state
+        return state | {"again": sorted(i for i, uses in self.uses.items() if uses == 0) + state["again"]}
+
+    def restore(self, batch: int, first_batch: int, next_id: int, again: list[int]) -> None:
+        super().restore(batch, first_batch, next_id, again)
+        self.there, self.uses, self.expired = {}, {}, []

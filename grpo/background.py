@@ -1,19 +1,20 @@
 """Background collection: a Ray actor an engine that grades what it has finished and writes whole groups to the buffer.
 
-    driver ──prompts──> engine ──finished──> collector ──groups──> buffer ──batches──> driver
-                          ^                  threads: grade, score, advantages           │
+    driver ──prompts──> engine ──sampled──> collector ──groups──> buffer ──batches──> driver
+                          ^                 one thread takes, and says so                │
+                          │                 others grade, score, make advantages         │
                           └──────────────────────── weight pushes ───────────────────────┘
 
-Prompts come from the driver straight to the engine, so a collector that waits for a grader keeps no engine waiting; and
-each of its threads has a grading process of its own, so a group that is graded at length keeps the other groups no longer
-than it must. What they do with a group is the synchronous mode's: grpo/collect.py.
+Prompts come from the driver straight to the engine, so a collector that waits for a grader keeps no engine waiting, and what
+is sampled is known to be before it is graded; each grading thread has a process of its own, so a group that is graded at
+length keeps the other groups no longer than it must. What they do with a group is the synchronous mode's: grpo/collect.py.
 """
 
 import os
-import threading
+from collections import deque
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
-from threading import Lock
+from threading import Condition, Event, Lock
 
 import torch
 from ray.actor import ActorHandle
@@ -31,6 +32,26 @@ from grpo.tasks import EncodedProblems
 
 BUFFER = "the replay buffer actor"
 LOOK_S = 1.0  # between two looks at whether the run has ended
+
+
+class Waiting:
+    """Sampled groups that wait for a grading thread."""
+
+    def __init__(self) -> None:
+        self.parts: deque[Completions] = deque()  # an engine step each
+        self.changed = Condition()
+
+    def put(self, parts: list[Completions]) -> None:
+        with self.changed:
+            self.parts += parts
+            self.changed.notify_all()
+
+    def take(self, wait_s: float, share: int) -> Completions | None:
+        """One `share`-th of them, once there are any; None after `wait_s` seconds."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.parts, wait_s)
+            taken = [self.parts.popleft() for _ in range(-(-len(self.parts) // share))]
+        return Completions.concatenate(taken) if taken else None
 
 
 class BackgroundEnv(PromptEnv):
@@ -54,7 +75,7 @@ class CollectorActor:
     ) -> None:
         self.config, self.model, self.data = config, model, data
         self.engine, self.engine_name, self.references, self.buffer = engine, engine_name, references, buffer
-        self.ended = threading.Event()
+        self.sampled, self.ended = Waiting(), Event()
 
     def start(self) -> int:
         """Start the grading processes; returns the process id."""
@@ -74,8 +95,8 @@ class CollectorActor:
 
     def run(self) -> None:
         """Collect until `end`; raises the first error of any thread."""
-        with self.closing, ThreadPoolExecutor(len(self.lanes)) as pool:
-            threads = [pool.submit(self._collect, *lane) for lane in self.lanes]
+        with self.closing, ThreadPoolExecutor(1 + len(self.lanes)) as pool:
+            threads = [pool.submit(self._take), *(pool.submit(self._collect, *lane) for lane in self.lanes)]
             done, _ = wait(threads, return_when=FIRST_EXCEPTION)
             self.ended.set()
             for thread in done:
@@ -88,10 +109,18 @@ class CollectorActor:
         """Seconds spent grading and waiting for the reference so far, over all threads."""
         return {name: sum(env.clock.total[name] for env, _ in self.lanes) for name in ("reward", "reference")}
 
-    def _collect(self, env: PromptEnv, finish: Finish) -> None:
+    def _take(self) -> None:
         timeout_s = self.config.ray.timeout_s
         while not self.ended.is_set():
-            completions = get(self.engine.take.remote(LOOK_S, len(self.lanes)), timeout_s, self.engine_name, "sampling")
+            parts = get(self.engine.take.remote(LOOK_S), timeout_s, self.engine_name, "sampling")
+            if parts:
+                self.sampled.put(parts)
+                ids = [i for part in parts for i in set(part.request_id.tolist())]
+                get(self.buffer.note_sampled.remote(ids), timeout_s, BUFFER, f"hearing of {len(ids)} sampled groups")
+
+    def _collect(self, env: PromptEnv, finish: Finish) -> None:
+        while not self.ended.is_set():
+            completions = self.sampled.take(LOOK_S, len(self.lanes))
             if completions is not None:
                 self._write(finish(graded_turn(env, self._rollouts(completions.in_request_order()))))
 

@@ -259,6 +259,7 @@ class TrainConfig:
     dialog_turns_per_batch: int = 512  # responses a collection
     # Responses in the replay buffer. sync: a collection; async: those started and not trained on, null: what fits the bound.
     buffer_size: int | None = None
+    replay: str = "once"  # async: each group is in one batch; uniform: batches are drawn at random from the buffer
     epochs: int = 1  # times a response is trained on, at most
     optim_batch_size: int = 512  # responses an optimiser step
     gradient_accumulation_steps: int = 1  # micro-batches a step and rank, at least
@@ -309,6 +310,7 @@ class TrainConfig:
             self.stop_when,
             "needs train.eval_frequency above 0: it counts evaluations",
         )
+        _one_of("train.replay", self.replay, ("once", "uniform"))
         _one_of("train.is_correction", self.is_correction, ("none", "truncate", "mask"))
         _one_of("train.is_level", self.is_level, ("token", "sequence"))
         _check(0 < self.is_cap < math.inf, "train.is_cap", self.is_cap, "must be above 0")
@@ -493,6 +495,12 @@ class RunConfig:
             f"must be at least {self.staleness_bound} in sync mode with train.sync_iter={str(train.sync_iter).lower()}",
         )
         _check(
+            train.replay == "once",
+            "train.replay",
+            train.replay,
+            "is of async mode: in sync mode each collection is trained on train.epochs times",
+        )
+        _check(
             not train.drain_before_push,
             "train.drain_before_push",
             train.drain_before_push,
@@ -521,6 +529,18 @@ class RunConfig:
         )
         _check(
             train.sync_iter, "train.sync_iter", train.sync_iter, "is of sync mode: collection always goes on beside async"
+        )
+        _check(
+            train.replay == "once" or train.epochs == 1,
+            "train.epochs",
+            train.epochs,
+            "must be 1 with train.replay=uniform, where chance says how often a response is trained on",
+        )
+        _check(
+            train.replay == "once" or self.staleness_bound > 0,
+            "train.max_staleness",
+            train.max_staleness,
+            "must be at least 1 with train.replay=uniform: at 0 there is nothing to draw from but the batch itself",
         )
         _check(
             self.objective.advantage_scale != "batch",
@@ -599,8 +619,24 @@ class RunConfig:
         return self.train.weight_update_frequency or self.steps_per_collection
 
     @property
+    def batches_per_push(self) -> int:
+        """Batches between two pushes; each is trained on train.epochs times."""
+        return self.steps_per_push // self.train.epochs
+
+    @property
     def groups_per_batch(self) -> int:
         return self.train.optim_batch_size // self.env.repeats
+
+    @property
+    def buffered_groups(self) -> int:
+        """async: groups that the buffer has room for; with train.replay=once those that are still sampled count too."""
+        in_time = (self.staleness_bound + 1) * self.batches_per_push * self.groups_per_batch
+        return in_time if self.train.buffer_size is None else min(in_time, self.train.buffer_size // self.env.repeats)
+
+    @property
+    def running_groups(self) -> int:
+        """async with train.replay=uniform: groups that are sampled or wait for it: what the engines run, and a batch more."""
+        return self.env.num_envs * self.inference_model.num_devices + self.groups_per_batch
 
     @property
     def num_groups(self) -> int:

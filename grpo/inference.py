@@ -147,10 +147,10 @@ class Inbox:
         self.waiting_for = 0  # requests
         self.changed = asyncio.Event()
 
-    def take(self, steps: int) -> Completions:
-        """What finished in the first `steps` engine steps in which anything did."""
-        taken, self.finished = self.finished[:steps], self.finished[steps:]
-        return Completions.concatenate(taken)
+    def take(self) -> list[Completions]:
+        """What has finished, by the engine steps in which anything did."""
+        taken, self.finished = self.finished, []
+        return taken
 
 
 class InferenceActor:
@@ -193,7 +193,7 @@ class InferenceActor:
         self._go_on()
         while inbox.waiting_for:
             await self._next(inbox)
-        return inbox.take(len(inbox.finished))
+        return Completions.concatenate(inbox.take())
 
     async def submit(self, requests: list[Request], seed: int) -> None:
         """Queue `requests`, whose responses `take` gives; an idle engine is seeded first.
@@ -207,13 +207,13 @@ class InferenceActor:
         self.stream.waiting_for += len(requests)
         self._go_on()
 
-    async def take(self, wait_s: float, share: int = 1) -> Completions | None:
-        """One `share`-th of what has finished of what was submitted, once there is any; None after `wait_s` seconds."""
+    async def take(self, wait_s: float) -> list[Completions]:
+        """What has finished of what was submitted, once there is any or `wait_s` seconds are over: a part an engine step."""
         with suppress(TimeoutError):
             async with asyncio.timeout(wait_s):
                 while not self.stream.finished:
                     await self._next(self.stream)
-        return self.stream.take(-(-len(self.stream.finished) // share)) if self.stream.finished else None
+        return self.stream.take()
 
     async def hold_nothing(self) -> None:
         """Give up what was submitted and is not the engine's yet."""

@@ -32,7 +32,7 @@ class Plan:
     parameters: int
     trained: int  # of them, or the adapters' with LoRA
     memory_bytes: dict[str, int]  # estimate a role, weights, optimiser and key-value cache; activations come on top
-    states_bytes: int  # of the driver: the hidden states that divergence=ot compares with, at full length
+    states_bytes: int  # of driver and replay buffer: the hidden states that divergence=ot compares with, at full length
 
     @property
     def total_memory_bytes(self) -> int:
@@ -62,10 +62,16 @@ class Plan:
             f"{config.train.gradient_accumulation_steps} micro-batches a rank"
             + f", or more of at most {budget} tokens"
             * (budget is not None),
-            f"samples           {config.train.total_dialog_turns} responses, each trained on {config.train.epochs} times",
+            f"samples           {self._samples(config)}",
             f"staleness         at most {config.staleness_bound} policy versions",
         ]
         return "\n".join(lines)
+
+    def _samples(self, config: RunConfig) -> str:
+        total = config.train.total_dialog_turns
+        if config.train.replay == "uniform":
+            return f"{total} responses, drawn at random from the last {config.buffered_groups * config.env.repeats}"
+        return f"{total} responses, each trained on {config.train.epochs} times"
 
     def _trained(self, config: RunConfig) -> str:
         what = "LoRA adapters" if config.train_model.lora.enabled else "all"
@@ -125,6 +131,16 @@ def trainer_bytes(parameters: int, trained: int, has_adapters: bool, optimizer: 
     return (weights + updated * (has_adapters + 1 + states)) // ranks + weights
 
 
+def held_responses(config: RunConfig) -> int:
+    """Responses that driver and replay buffer hold at one time, each copy counted."""
+    if config.mode == "sync":
+        # As they are scored, in the collection, and in the batch; with train.sync_iter=false there are two collections.
+        return (3 if config.train.sync_iter else 5) * config.train.dialog_turns_per_batch
+    groups = config.buffered_groups + (config.running_groups if config.train.replay == "uniform" else 0)
+    # In the buffer or on the way to it; and a batch, as it is put together and as the driver has it.
+    return groups * config.env.repeats + 2 * config.train.optim_batch_size
+
+
 def num_cores() -> int:
     """That this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -148,10 +164,7 @@ def make_plan(config: RunConfig) -> Plan:
         "reference": parameters * DTYPES[config.train.mixed_precision].itemsize,
     }
     memory = {role: memory[role] for role in roles}
-    # As they are scored, in the collection, and in the batch; with train.sync_iter=false there are two collections.
-    copies = 3 if config.train.sync_iter else 5
-    directions = config.train.dialog_turns_per_batch * length * model.hidden_size * FLOAT16
-    states = copies * directions if config.anchor else 0
+    states = held_responses(config) * length * model.hidden_size * FLOAT16 if config.anchor else 0
     gpus = torch.cuda.device_count() if device == "cuda" else 0
     tensor_parallel = config.inference_model.tensor_parallel_size
     for key in ("num_attention_heads", "num_key_value_heads"):
@@ -177,8 +190,7 @@ def make_plan(config: RunConfig) -> Plan:
         raise ConfigError(
             f"model.name ({name}) needs about {needed / 2**30:.1f} GiB of memory and {there / 2**30:.1f} GiB are free: "
             "use a smaller model, or lower env.num_envs or inference_model.max_tokens"
-            + ", or train.dialog_turns_per_batch"
-            * (states > 0)
+            + (", or train.dialog_turns_per_batch" if config.mode == "sync" else ", or train.buffer_size") * (states > 0)
         )
     cores = num_cores()
     busy = {role: count * (tensor_parallel if role == "inference" else 1) for role, count in roles.items()}

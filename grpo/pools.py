@@ -17,7 +17,7 @@ from tensordict import TensorDict
 
 from grpo.errors import PushError
 from grpo.inference import Request, Sampling
-from grpo.remote import get_all
+from grpo.remote import get_all, get_done
 from grpo.rollout import Completions
 from grpo.weight_sync import Sent, verify
 
@@ -32,29 +32,29 @@ class EnginePool:
 
     def __init__(self, actors: list[ActorHandle], timeout_s: float) -> None:
         self.actors, self.timeout_s = actors, timeout_s
-        self.submitting: dict[str, ObjectRef] = {}
+        self.submitting: list[dict[str, ObjectRef]] = []
         self.running: dict[int, int] = {}  # which engine responds to a prompt that was submitted, by its id
 
     def submit(self, ids: list[int], prompts: list[list[int]], sampling: Sampling, seed: int) -> None:
-        """Have the engines respond to `prompts`, each at the engine that has least to do; collectors take the responses."""
+        """Have the engines respond to `prompts`, each at the engine that has least to do; collectors take the responses.
+
+        Nobody waits for an engine in the midst of a long step: an error of its is raised at a later call.
+        """
         load = [0] * len(self.actors)
         for engine in self.running.values():
             load[engine] += 1
-        shares: list[list[Request]] = [[] for _ in self.actors]
+        shares: dict[int, list[Request]] = {}
         for i, prompt in zip(ids, prompts, strict=True):
             engine = load.index(min(load))
             load[engine] += 1
             self.running[i] = engine
-            shares[engine].append(Request(i, prompt, sampling))
-        # An engine may be in the midst of a long step: what it says is heard before the next prompts.
-        get_all(self.submitting, self.timeout_s, "taking prompts")
-        calls = [
-            actor.submit.remote(share, seed + i) for i, (actor, share) in enumerate(zip(self.actors, shares, strict=True))
-        ]
-        self.submitting = named("inference", calls)
+            shares.setdefault(engine, []).append(Request(i, prompt, sampling))
+        names = list(named("inference", self.actors))
+        calls = {names[engine]: self.actors[engine].submit.remote(its, seed + engine) for engine, its in shares.items()}
+        self.submitting = [*filter(None, (get_done(earlier, "taking prompts") for earlier in self.submitting)), calls]
 
-    def finished(self, ids: set[int]) -> None:
-        """These prompts have their responses."""
+    def sampled(self, ids: list[int]) -> None:
+        """The engines are done with these prompts."""
         for i in ids:
             del self.running[i]
 

@@ -41,6 +41,13 @@ def get(call: Any, timeout_s: float, actor: str, doing: str, key: str = "ray.tim
         raise ActorError(f"{actor} died while {doing}: {_reason(error)}", actor, last_lines(error)) from None
 
 
+def get_done(calls: dict[str, ObjectRef], doing: str) -> dict[str, ObjectRef]:
+    """Raise what any of several actors' calls that are over ended with; returns those that go on. Waits for nothing."""
+    done, running = ray.wait(list(calls.values()), num_returns=len(calls), timeout=0) if calls else ([], [])
+    get_all({actor: call for actor, call in calls.items() if call in done}, LOOK_S, doing)
+    return {actor: call for actor, call in calls.items() if call in running}
+
+
 def get_all(
     calls: dict[str, ObjectRef], timeout_s: float, doing: str, key: str = "ray.timeout_s", can_be_left: bool = False
 ) -> list[Any]:

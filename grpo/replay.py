@@ -6,6 +6,7 @@ drawn at random. In async mode it is a Ray actor: collectors write to it, and th
 
 from collections.abc import Iterable
 from functools import partial
+from typing import NamedTuple
 
 from tensordict import TensorDict
 from torchrl.data import ListStorage, ReplayBuffer
@@ -31,8 +32,16 @@ def refill(buffer: ReplayBuffer, groups: TensorDict) -> None:
     buffer.extend(groups)
 
 
+class Seen(NamedTuple):
+    """What a look into the buffer tells, by the groups' ids."""
+
+    sampled: list[int]  # since the last look: their engine is done with them
+    finished: list[int]  # that are here
+    dropped: dict[int, list[Grade]]  # since the last look: verdicts of those that are not trained on
+
+
 class GroupBuffer(ReplayBuffer):
-    """Groups under their ids, in any order of arrival; what is taken makes room.
+    """Groups under their ids, in any order of arrival.
 
     The driver keeps the account of what may be trained on (grpo/admission.py); here is only what there is.
     """
@@ -41,7 +50,8 @@ class GroupBuffer(ReplayBuffer):
         super().__init__(storage=partial(ListStorage), collate_fn=collate, batch_size=1)
         self.slots: dict[int, int] = {}  # where a group lies, by its id
         self.free: list[int] = []
-        self.dropped: dict[int, list[Grade]] = {}  # verdicts of groups that are not trained on, since the last look
+        self.sampled: list[int] = []
+        self.dropped: dict[int, list[Grade]] = {}
 
     def extend(self, groups: Iterable[TensorDict]) -> None:
         """Add groups of shape [K, ...]."""
@@ -54,20 +64,20 @@ class GroupBuffer(ReplayBuffer):
         """Take note of groups that are left out, by their ids."""
         self.dropped |= dropped
 
-    def look(self) -> tuple[list[int], dict[int, list[Grade]]]:
-        """The ids of the groups that are here, and the groups that were dropped since the last look."""
+    def note_sampled(self, ids: list[int]) -> None:
+        """Take note of groups that their engine is done with."""
+        self.sampled += ids
+
+    def look(self) -> Seen:
+        sampled, self.sampled = self.sampled, []
         dropped, self.dropped = self.dropped, {}
-        return list(self.slots), dropped
+        return Seen(sampled, list(self.slots), dropped)
 
-    def take(self, ids: list[int], keep: bool = False) -> TensorDict:
-        """A batch [B] of these groups, which are then no longer here unless they are to be kept."""
+    def take(self, ids: list[int], leaving: list[int]) -> TensorDict:
+        """A batch [B] of the groups `ids`; then those that are `leaving` make room."""
         batch = collate([self.storage.get(self.slots[i]) for i in ids])
-        if not keep:
-            self.remove(ids)
-        return batch
-
-    def remove(self, ids: list[int]) -> None:
-        for i in ids:
+        for i in leaving:
             slot = self.slots.pop(i)
             self.storage.set(slot, None)  # which frees its memory
             self.free.append(slot)
+        return batch

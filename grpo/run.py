@@ -4,28 +4,22 @@ The parts are handed in (by `grpo_utils.build`); nothing is started here. Where 
 grpo/run_sync.py, grpo/run_async.py.
 """
 
-import json
-import os
 from abc import abstractmethod
 from collections import Counter
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 
 from tensordict import TensorDict
 from transformers import PreTrainedTokenizerBase
 
-from grpo.checkpoint import Checkpoint, CheckpointWriter
+from grpo import session
 from grpo.config import RunConfig
 from grpo.errors import RewardError, TrainingError
 from grpo.evaluate import accuracy
 from grpo.grading import GradingPool
-from grpo.metrics import Clock, RunLog, rollout_metrics
-from grpo.plot import plot_run
-from grpo.pools import EnginePool, TrainerPool, WeightPush
-from grpo.resume import SUMMARY, write_whole
+from grpo.metrics import rollout_metrics
+from grpo.pools import EnginePool, WeightPush
 from grpo.rewards import Grade
 from grpo.session import Session, is_due
-from grpo.supervision import Supervisor
 from grpo.tasks import EncodedProblems
 
 MOST_DROPPED = 50  # batches of groups without advantage in a row
@@ -33,74 +27,30 @@ PROBE_TOKENS = 512  # of a probe text, at most
 
 
 @dataclass
-class Progress:
-    """How far a run is: its state but for tensors and files."""
+class Progress(session.Progress):
+    """What runs with engines have besides."""
 
-    num_steps: int = 0
     steps_since_push: int = 0
-    samples_trained: int = 0
     policy_version: int = 0
     collections: int = 0  # sync: that were handed out,
     position: int = 0  # and prompts that were used
     admission: dict = field(default_factory=dict)  # async: `Admission.state`
-    evaluated: bool = True  # whether the evaluation that was due after the last push was made
-    skipped_in_a_row: int = 0  # steps that were not finite
-    before: dict[str, float] | None = None  # held-out accuracy before training
-    best_accuracy: float | None = None  # on the validation split,
-    best_step: int | None = None  # after this step
-    evaluations_since_best: int = 0
-    training_s: float = 0.0  # of the processes before this one
-    phases_s: dict[str, float] = field(default_factory=dict)  # `Clock.total`
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Run(Session):
     """The parts of a run, and how far it is."""
 
     config: RunConfig
-    run_dir: Path
     grading: GradingPool
     tokenizer: PreTrainedTokenizerBase
     data: dict[str, EncodedProblems]  # by split
-    trainer: TrainerPool
     engines: EnginePool
     push: WeightPush
-    clock: Clock
-    log: RunLog
-    writer: CheckpointWriter
-    resumed: Checkpoint | None
-    supervisor: Supervisor
     progress: Progress = field(default_factory=Progress)
     first_use: bool = True  # whether the batch in hand has not been trained on before
     of_batch: dict[str, float] = field(default_factory=dict)  # what its mode has to say of it in metrics.jsonl
     probe: list[int] = field(default_factory=list)  # tokens of a response that was trained on
-    started_s: float | None = None  # `_training_clock` when the loop began,
-    stepped_s: float = 0.0  # and at the last step
-    saved: tuple | None = None  # what the last checkpoint that was started has of (num_steps, evaluated)
-
-    def begin(self) -> None:
-        """Take up the checkpoint that the run goes on from, if there is one, and evaluate the untrained model once."""
-        if self.resumed is not None:
-            state = self.resumed.state
-            self.trainer.load(self.resumed.trainer, state["trainer"])
-            self.supervisor.take_up(state["restarts"])
-            self.progress = Progress(**state["progress"])
-            self.clock.total |= self.progress.phases_s
-            self._restore(self.resumed)
-            self.saved = self._where
-        if self.progress.before is None:
-            self.progress.before = self.evaluate("test")
-        self._start_clock()
-        if not self.progress.evaluated:
-            self._evaluate()
-
-    @abstractmethod
-    def _restore(self, checkpoint: Checkpoint) -> None:
-        """Take up what of `checkpoint` is the mode's; the engines are to have the weights that they had."""
-
-    @abstractmethod
-    def _state(self) -> dict[str, TensorDict]:
-        """Bring `progress` up to date for a checkpoint; returns the collections that belong to it."""
 
     def _check_grading(self, grades: list[Grade]) -> None:
         """Raise RewardError where more than train.max_grader_error_rate of them are no verdicts, timed out or failed."""
@@ -174,37 +124,6 @@ class Run(Session):
         if not now.evaluated:
             self._evaluate()
 
-    def _evaluate(self) -> None:
-        """On the validation split; the best so far is kept as a checkpoint."""
-        now, found = self.progress, self.evaluate("validation")["accuracy"]
-        self.log.add({"eval/accuracy": found} | self.clock.take())
-        now.evaluated, is_best = True, now.best_accuracy is None or found > now.best_accuracy
-        now.evaluations_since_best = 0 if is_best else now.evaluations_since_best + 1
-        if is_best:
-            now.best_accuracy, now.best_step = found, now.num_steps
-            self.save()
-
-    @property
-    def _where(self) -> tuple:
-        return self.progress.num_steps, self.progress.evaluated, self.progress.before is None
-
-    def save(self) -> None:
-        """Begin a checkpoint of the run as it is now, unless there is one; it is written beside what follows."""
-        if self.saved == self._where:
-            return
-        with self.clock.phase("checkpoint"):
-            collections = self._state()
-            times = {"training_s": self._training_s, "phases_s": dict(self.clock.total)}
-            state = {
-                "progress": asdict(self.progress) | times,
-                "log": self.log.position,
-                "config": asdict(self.config),
-                "restarts": self.supervisor.restarts,
-                "data": self.data["train"].fingerprint,
-            }
-            self.writer.start(self.progress.num_steps, state, collections, self.progress.best_step)
-            self.saved = self._where
-
     def evaluate(self, split: str) -> dict[str, float]:
         """Greedy accuracy of the engines' weights on a held-out split: {"accuracy", "n"}."""
         with self.clock.phase("eval"):
@@ -214,40 +133,26 @@ class Run(Session):
     def _pushed(self) -> None:
         """The engines have the weights of `progress.policy_version`."""
 
-    def _account(self, summary: dict) -> dict:
-        """What the mode has to add to summary.json."""
-        return {}
+    def _test(self) -> dict[str, float]:
+        return self.evaluate("test")
+
+    def _validate(self) -> dict[str, float]:
+        return self.evaluate("validation")
 
     @property
     @abstractmethod
     def _eval_seed(self) -> int | None:
         """What the engines are seeded with before an evaluation; None where they are not idle."""
 
-    def finish(self) -> None:
-        """Save, evaluate, export the model, write summary.json and the plots, and tell the user."""
-        now = self.progress
-        training_s = self._training_s
-        self.save()
-        self.writer.finish()
-        before, after = now.before, self.evaluate("test")
-        self.trainer.export(self.run_dir / "model")
-        self.log.close()
-        summary = {
-            "eval": {"before": before, "after": after},
-            "steps": now.num_steps,
-            "samples_trained": now.samples_trained,
-            "policy_version": now.policy_version,
-            "wall_s": round(training_s, 3),
-            "samples_per_s": round(now.samples_trained / training_s, 1),
-            "phases_s": {name: round(s, 3) for name, s in self.clock.total.items() if name not in ("eval", "checkpoint")},
-            "restarts": self.supervisor.restarts,
-        }
-        summary |= self._account(summary)
-        write_whole(self.run_dir / SUMMARY, json.dumps(summary, indent=2) + "\n")
-        plot_run(self.run_dir)
-        print(
-            f"\n{now.samples_trained} responses in {now.num_steps} steps, {training_s:.0f} s of training "
-            f"({summary['samples_per_s']:.0f} a second); model, metrics and plots are in {os.path.relpath(self.run_dir)}\n"
+    @property
+    def _fingerprint(self) -> str:
+        return self.data["train"].fingerprint
+
+    def _account(self, summary: dict) -> dict:
+        return {"policy_version": self.progress.policy_version}
+
+    def _judged(self, before: dict[str, float], after: dict[str, float]) -> str:
+        return (
             f"Held-out accuracy on {after['n']} test problems: {before['accuracy']:.1%} before, "
             f"{after['accuracy']:.1%} after"
         )

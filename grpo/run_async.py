@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
 from tensordict import TensorDict
@@ -24,7 +23,8 @@ from grpo.collect import PromptStream, sampling_seed
 from grpo.errors import ActorError
 from grpo.inference import Sampling
 from grpo.preemption import REQUEST
-from grpo.remote import get, get_all
+from grpo.remote import get, get_all, get_done
+from grpo.replay import Seen
 from grpo.rewards import Grade
 from grpo.run import Run
 
@@ -47,7 +47,6 @@ class AsyncRun(Run):
         """Optimiser batches [B] of finished groups, none of them older than train.max_staleness when it is trained on."""
         self.collecting = {name: actor.run.remote() for name, actor in self.collectors.items()}
         while not self.admission.is_over and not self._at_plateau:
-            self._feed()
             batch = self._next_batch()
             for epoch in range(self.config.train.epochs):
                 self.first_use = epoch == 0
@@ -73,26 +72,28 @@ class AsyncRun(Run):
                 if time.monotonic() > deadline:
                     raise ActorError(
                         f"no batch could be made within {timeout_s:g} s behind step {self.progress.num_steps}: "
-                        f"{len(self.finished)} groups are finished and {len(self.admission.deadlines) - len(self.finished)} "
-                        "are being sampled or graded; if neither engine nor reward function hangs, raise ray.timeout_s"
+                        f"{len(self.finished)} groups are finished and {self._in_flight} are being sampled or graded; if "
+                        "neither engine nor reward function hangs, raise ray.timeout_s"
                     )
                 time.sleep(POLL_S)
-            batch = get(self.buffer.take.remote(chosen), timeout_s, BUFFER, "giving a batch")
-        self.of_batch = {"buffer/size": len(self.finished) - len(chosen), "buffer/in_flight": self._in_flight}
+            leaving = self.admission.leaving
+            batch = get(self.buffer.take.remote(chosen, leaving), timeout_s, BUFFER, "giving a batch")
+        self.of_batch = {"buffer/size": len(self.finished) - len(leaving), "buffer/in_flight": self._in_flight}
+        self.of_batch |= self.admission.of_batch(chosen)
         dropped, self.dropped = list(self.dropped.values()), {}
         self._look_at([record.grades for record in batch["records"]], dropped)
         return batch
 
     def _choose(self) -> list[int] | None:
-        finished, dropped = get(self.buffer.look.remote(), self.config.ray.timeout_s, BUFFER, "telling what is finished")
-        self.engines.finished(dropped.keys() | set(finished) - self.finished)
-        self.finished = set(finished)
-        if dropped:
-            self.dropped |= dropped
-            self._check_dropped(len(self.dropped))
-            self.admission.drop(dropped)
-            self._feed()
-        return self.admission.choose(finished)
+        """The next batch, or None while it has to be waited for; the engines are fed meanwhile."""
+        seen: Seen = get(self.buffer.look.remote(), self.config.ray.timeout_s, BUFFER, "telling what is finished")
+        self.engines.sampled(seen.sampled)
+        self.finished = set(seen.finished)
+        self.dropped |= seen.dropped
+        self._check_dropped(len(self.dropped))
+        self.admission.drop(seen.dropped)
+        self._feed()
+        return self.admission.choose(seen.finished)
 
     @property
     def _in_flight(self) -> int:
@@ -100,9 +101,7 @@ class AsyncRun(Run):
 
     def _check_collectors(self) -> None:
         """Raise what a collector ended with."""
-        done, _ = ray.wait(list(self.collecting.values()), timeout=0)
-        if done:
-            get_all({name: call for name, call in self.collecting.items() if call in done}, 1.0, "collecting")
+        get_done(self.collecting, "collecting")
 
     @property
     def push_is_due(self) -> bool:
@@ -146,7 +145,7 @@ class AsyncRun(Run):
         ranks, wall_s = self.config.train_model.num_devices, self._training_clock() - self.started_s
         account = make_account(summary["phases_s"], wall_s, len(engines), ranks, self.config.steps_per_push)
         print(f"\n{describe(account)}")
-        return {"account": account}
+        return super()._account(summary) | {"account": account}
 
     def _ask(self, calls: dict[str, ObjectRef], doing: str) -> list:
         return get_all(calls, self.config.ray.timeout_s, doing)

@@ -1,17 +1,29 @@
-"""What every run does alike around its loop: has its directory for itself, keeps its clock, saves and ends when asked to."""
+"""What every run does alike around its loop: has its directory for itself, keeps its clock, begins, saves and ends.
+
+A run is a `Session` with a loop, and says what only it can by the abstract methods.
+"""
 
 import errno
+import json
+import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tensordict import TensorDict
+
 from grpo.checkpoint import Checkpoint, CheckpointWriter, newest
 from grpo.errors import ActorError, ConfigError, TrainingError
-from grpo.metrics import Clock
+from grpo.metrics import Clock, RunLog
+from grpo.plot import plot_run
+from grpo.pools import TrainerPool
 from grpo.preemption import Preempted, saved_in_time
-from grpo.resume import CONFIG, SUMMARY, locked, write_config
+from grpo.resume import CONFIG, SUMMARY, locked, write_config, write_whole
+from grpo.supervision import Supervisor
 
 
 @contextmanager
@@ -23,23 +35,142 @@ def claimed(run_dir: Path, resume: str | None) -> Iterator[Checkpoint | None]:
         yield newest(run_dir)
 
 
-class Session:
-    """The part of a run that no loop is in. The run itself has these, and says what a checkpoint of it is."""
+@dataclass
+class Progress:
+    """How far a run is: its state but for tensors and files."""
+
+    num_steps: int = 0
+    samples_trained: int = 0
+    evaluated: bool = True  # whether the evaluation that was due last was made
+    skipped_in_a_row: int = 0  # steps that were not finite
+    before: dict[str, float] | None = None  # held-out accuracy before training
+    best_accuracy: float | None = None  # of the evaluations on the way,
+    best_step: int | None = None  # after this step
+    evaluations_since_best: int = 0
+    training_s: float = 0.0  # of the processes before this one
+    phases_s: dict[str, float] = field(default_factory=dict)  # `Clock.total`
+
+
+@dataclass(kw_only=True)
+class Session(ABC):
+    """The part of a run that no loop is in."""
 
     SUSPECT = "rollouts.jsonl"  # what to look at when losses are not finite
+    SAMPLES = "responses"
 
     config: Any
     run_dir: Path
+    trainer: TrainerPool
     clock: Clock
+    log: RunLog
     writer: CheckpointWriter
     resumed: Checkpoint | None
-    progress: Any  # num_steps, skipped_in_a_row, training_s
-    started_s: float | None  # `_training_clock` when the loop began,
-    stepped_s: float  # and at the last step
+    supervisor: Supervisor
+    progress: Progress = field(default_factory=Progress)
+    started_s: float | None = None  # `_training_clock` when the loop began,
+    stepped_s: float = 0.0  # and at the last step
+    saved: tuple | None = None  # `_where` of the last checkpoint that was started
+
+    @abstractmethod
+    def _test(self) -> dict[str, float]:
+        """What the run is judged by, before and after: {"accuracy", "n"}."""
+
+    @abstractmethod
+    def _validate(self) -> dict[str, float]:
+        """The same between steps."""
+
+    @property
+    @abstractmethod
+    def _fingerprint(self) -> str:
+        """Of the training data: a resumed run must have the same."""
+
+    @abstractmethod
+    def _account(self, summary: dict) -> dict:
+        """What the run has to add to summary.json."""
+
+    @abstractmethod
+    def _judged(self, before: dict[str, float], after: dict[str, float]) -> str:
+        """The line that a run ends with."""
+
+    def _state(self) -> dict[str, TensorDict]:
+        """Bring `progress` up to date for a checkpoint; returns the collections that belong to it."""
+        return {}
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        """Take up what of `checkpoint` is the run's own."""
+
+    def begin(self) -> None:
+        """Take up the checkpoint that the run goes on from, if there is one, and evaluate the untrained model once."""
+        if self.resumed is not None:
+            state = self.resumed.state
+            self.trainer.load(self.resumed.trainer, state["trainer"])
+            self.supervisor.take_up(state["restarts"])
+            self.progress = type(self.progress)(**state["progress"])
+            self.clock.total |= self.progress.phases_s
+            self._restore(self.resumed)
+            self.saved = self._where
+        if self.progress.before is None:
+            self.progress.before = self._test()
+        self._start_clock()
+        if not self.progress.evaluated:
+            self._evaluate()
+
+    @property
+    def _where(self) -> tuple:
+        return self.progress.num_steps, self.progress.evaluated, self.progress.before is None
 
     def save(self) -> None:
         """Begin a checkpoint of the run as it is now, unless there is one; it is written beside what follows."""
-        raise NotImplementedError
+        if self.saved == self._where:
+            return
+        with self.clock.phase("checkpoint"):
+            collections = self._state()
+            times = {"training_s": self._training_s, "phases_s": dict(self.clock.total)}
+            state = {
+                "progress": asdict(self.progress) | times,
+                "log": self.log.position,
+                "config": asdict(self.config),
+                "restarts": self.supervisor.restarts,
+                "data": self._fingerprint,
+            }
+            self.writer.start(self.progress.num_steps, state, collections, self.progress.best_step)
+            self.saved = self._where
+
+    def _evaluate(self) -> None:
+        """Between steps; the best so far is kept as a checkpoint."""
+        now, found = self.progress, self._validate()["accuracy"]
+        self.log.add({"eval/accuracy": found} | self.clock.take())
+        now.evaluated, is_best = True, now.best_accuracy is None or found > now.best_accuracy
+        now.evaluations_since_best = 0 if is_best else now.evaluations_since_best + 1
+        if is_best:
+            now.best_accuracy, now.best_step = found, now.num_steps
+            self.save()
+
+    def finish(self) -> None:
+        """Save, evaluate, export the model, write summary.json and the plots, and tell the user."""
+        now, training_s = self.progress, self._training_s
+        self.save()
+        self.writer.finish()
+        before, after = now.before, self._test()
+        self.trainer.export(self.run_dir / "model")
+        self.log.close()
+        summary = {
+            "eval": {"before": before, "after": after},
+            "steps": now.num_steps,
+            "samples_trained": now.samples_trained,
+            "wall_s": round(training_s, 3),
+            "samples_per_s": round(now.samples_trained / training_s, 1),
+            "phases_s": {name: round(s, 3) for name, s in self.clock.total.items() if name not in ("eval", "checkpoint")},
+            "restarts": self.supervisor.restarts,
+        }
+        summary |= self._account(summary)
+        write_whole(self.run_dir / SUMMARY, json.dumps(summary, indent=2) + "\n")
+        plot_run(self.run_dir)
+        print(
+            f"\n{now.samples_trained} {self.SAMPLES} in {now.num_steps} steps, {training_s:.0f} s of training "
+            f"({summary['samples_per_s']:.0f} a second); model, metrics and plots are in {os.path.relpath(self.run_dir)}\n"
+            f"{self._judged(before, after)}"
+        )
 
     @contextmanager
     def kept(self) -> Iterator[None]:

@@ -1,14 +1,16 @@
 """The asynchronous loop on the real parts."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 
 import pytest
+import ray
 
 import grpo_async
 from grpo.errors import RewardError, TrainingError
 from grpo.launch import compose
 from grpo.preemption import REQUEST, Preempted
 from grpo.run_async import AsyncRun
+from grpo_utils import build
 
 from .conftest import SMALL, Finished, same_weights
 
@@ -94,6 +96,80 @@ def test_a_run_that_was_asked_to_end_goes_on_and_each_prompt_is_trained_on_once(
     for line in run.rollouts:
         version = run.metrics[line["step"] - 1]["policy_version"]
         assert 0 <= version - min(line["token_versions"]) <= 1
+
+
+def test_a_prompt_is_trained_on_once_however_long_its_responses_are(model_path, tmp_path):
+    """What an engine has finished is compared with what was trained on, with a bound that stragglers run into."""
+
+    def keep_lengths(actor) -> None:
+        deliver, actor.lengths = actor._deliver, []
+
+        def keeping(finished) -> None:
+            asked = [actor.asked[i] for i in finished.request_id.tolist()]
+            pairs = zip(asked, finished.length.tolist(), strict=True)
+            actor.lengths += [(group, length) for (inbox, group), length in pairs if inbox is actor.stream]
+            deliver(finished)
+
+        actor._deliver = keeping
+
+    varied = "inference_model.temperature=3", "inference_model.max_tokens=200"
+    deadlines = "ray.timeout_s=60", "train.max_wall_time=240"  # after which the run raises
+    config = compose("grpo_arithmetic", [*SMALL, *ASYNC, *varied, *deadlines, "train.max_staleness=1"])
+    with build(config, tmp_path) as started:
+        (engine,) = started.engines.actors
+        ray.get(engine.__ray_call__.remote(keep_lengths))
+        started.begin()
+        grpo_async.train(started)
+        sampled = ray.get(engine.__ray_call__.remote(lambda actor: actor.lengths))
+        started.finish()
+    run = Finished(tmp_path)
+    trained = [(line["group_id"], len(line["tokens"])) for line in run.rollouts]
+    assert sorted(trained) == sorted(sampled)
+    assert each_group_once(run, 64)
+    assert max(staleness(run)) == 1
+    lengths = sorted(length for _, length in trained)
+    assert lengths[-1] > 4 * lengths[len(lengths) // 4]
+    steps = {line["group_id"]: line["step"] for line in run.rollouts}
+    assert any(steps[i] > steps[i + 1] for i in range(63)), "no group was overtaken by a later one"
+    assert any(len(set(line["token_versions"])) == 2 for line in run.rollouts), "no response lived through a push"
+
+
+def test_a_uniform_draw_reuses_groups_within_the_bound_and_goes_on_with_what_was_never_drawn(tmp_path, monkeypatch):
+    settings = "train.replay=uniform", "train.max_staleness=2", "train.eval_frequency=0"
+    config = compose("grpo_arithmetic", [*SMALL, *ASYNC, TRANSFORMERS, *settings])
+    step, ended = AsyncRun.step, []
+
+    def step_and_ask(run, batch) -> None:
+        step(run, batch)
+        if run.progress.num_steps == 5:
+            ended.append(run.admission.state["again"])
+            REQUEST.reason = "a test"
+
+    monkeypatch.setattr(AsyncRun, "step", step_and_ask)
+    with pytest.raises(Preempted):
+        grpo_async.main(config, tmp_path)
+    monkeypatch.setattr(AsyncRun, "step", step)
+    config.resume = str(tmp_path)
+    grpo_async.main(config, tmp_path)
+    run = Finished(tmp_path)
+    assert [row["step"] for row in run.metrics] == list(range(1, 9))
+    batches = defaultdict(Counter)
+    for line in run.rollouts:
+        batches[line["step"]][line["group_id"]] += 1
+        version = run.metrics[line["step"] - 1]["policy_version"]
+        assert 0 <= version - min(line["token_versions"]) <= 2
+    before = Counter(i for number in range(1, 6) for i in batches[number])
+    assert not set(ended[0]) & before.keys()
+    uses = Counter()
+    for number, row in enumerate(run.metrics, 1):
+        assert list(batches[number].values()) == [8] * 8  # whole groups, none of them twice
+        if number == 6:  # with the buffer of a new process
+            assert not batches[number].keys() & before.keys()
+            uses.clear()
+        uses.update(batches[number].keys())
+        of_batch = [uses[i] for i in batches[number]]
+        assert (row["rollout/uses_mean"], row["rollout/uses_max"]) == (sum(of_batch) / 8, max(of_batch))
+    assert max(row["rollout/uses_max"] for row in run.metrics) > 1
 
 
 def test_two_ranks_two_engines_and_a_reference(run_async):

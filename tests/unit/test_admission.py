@@ -1,10 +1,11 @@
 """Bounded staleness: hand-worked cases, and random durations and pushes against what the rules promise."""
 
 import random
+from collections import Counter
 
 import pytest
 
-from grpo.admission import Admission
+from grpo.admission import Admission, UniformAdmission
 
 
 def test_staleness_0_starts_exactly_what_one_version_trains_on():
@@ -142,3 +143,140 @@ def test_nothing_older_than_the_bound_is_trained_on_nothing_is_lost_and_nothing_
     assert len(trained) == len(set(trained)) == size * batches
     if not dropped:
         assert sorted(trained) == list(range(size * batches))
+
+
+def uniform(**changes) -> UniformAdmission:
+    """Two groups a batch and a batch a version; 4 prompts at the engines."""
+    settings = {"groups_per_batch": 2, "num_groups": 100, "max_staleness": 1, "batches_per_version": 1}
+    return UniformAdmission(**settings | {"most_running": 4, "capacity": 50, "seed": 0} | changes)
+
+
+def test_a_uniform_draw_is_from_all_that_is_there_and_leaves_it_there():
+    admission = uniform(max_staleness=10_000)
+    assert admission.start() == [0, 1, 2, 3]
+    drawn = Counter()
+    assert admission.choose([2]) is None
+    assert admission.start() == [4]  # in the place of the one that finished
+    for _ in range(2000):
+        batch = admission.choose([0, 1, 2, 3])
+        assert len(set(batch)) == 2
+        assert admission.leaving == []
+        drawn.update(batch)
+        metrics = admission.of_batch(batch)
+        assert metrics["rollout/uses_mean"] == sum(drawn[i] for i in batch) / 2
+        assert metrics["rollout/uses_max"] == max(drawn[i] for i in batch)
+    # 1,000 each, with a standard deviation of 22.
+    assert drawn.keys() == {0, 1, 2, 3}
+    assert all(abs(count - 1000) < 90 for count in drawn.values())
+
+
+def test_a_group_leaves_with_its_last_batch_and_is_counted_where_it_was_never_drawn():
+    admission = uniform()
+    admission.start()
+    first = admission.choose([0, 1, 2, 3])
+    admission.of_batch(first)
+    admission.pushed()
+    assert admission.start() == [4, 5, 6, 7]
+    assert admission.choose([0, 1, 2, 3]) is not None  # their last: 4 to 7 have another one
+    second = {i for i, uses in admission.uses.items() if uses}
+    admission.pushed()
+    batch = admission.choose([0, 1, 2, 3, 4, 5])
+    assert batch is None  # 6 and 7 could not be drawn any more
+    batch = admission.choose([0, 1, 2, 3, 4, 5, 6, 7])
+    assert set(batch) <= {4, 5, 6, 7}
+    assert admission.leaving == [0, 1, 2, 3]
+    assert admission.of_batch(batch)["buffer/left_unused"] == 4 - len(second)
+    assert admission.of_batch(batch)["buffer/left_unused"] == 0
+
+
+def test_younger_groups_take_the_room_of_the_oldest():
+    admission = uniform(max_staleness=9, capacity=3, most_running=9)
+    admission.start()
+    admission.choose([5])
+    admission.choose([5, 1])
+    assert set(admission.choose([5, 1, 7, 8])) <= {1, 7, 8}
+    assert admission.leaving == [5]
+
+
+def test_a_resumed_uniform_run_starts_what_was_never_trained_on():
+    admission = uniform()
+    admission.start()
+    assert admission.choose([0, 2, 3]) is not None
+    (unused,) = (i for i in (0, 2, 3) if admission.uses[i] == 0)
+    state = admission.state
+    assert state == {"batch": 1, "first_batch": 0, "next_id": 4, "again": sorted([unused]) + [1]}
+    other = uniform()
+    other.restore(**state)
+    assert other.start() == [unused, 1]  # no more of this version can be in its last batch, the next
+    assert other.uses == {}
+
+
+def test_draws_depend_on_the_seed_and_the_batch_alone():
+    def draws(seed: int) -> list[list[int]]:
+        admission = uniform(seed=seed, max_staleness=1000, most_running=40)
+        admission.start()
+        return [admission.choose(range(40)) for _ in range(5)]
+
+    assert draws(1) == draws(1) != draws(2)
+    assert len({tuple(batch) for batch in draws(1)}) > 1
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_a_uniform_draw_has_nothing_older_than_the_bound_loses_no_prompt_and_blocks_never(seed):
+    """As above: random durations, pushes, ends and drops; and every group could be drawn, however long it took."""
+    draw = random.Random(seed)
+    batches_per_version, max_staleness, size = draw.randint(1, 3), draw.randint(1, 4), draw.randint(1, 4)
+    batches, most_running = draw.randint(1, 30), size + draw.randint(0, 12)
+    capacity = draw.choice([10_000, size, 2 * size])
+    share_dropped, share_ended = draw.choice([0.0, 0.0, 0.3]), draw.choice([0.0, 0.1])
+    settings = size, size * batches, max_staleness, batches_per_version, most_running, capacity, seed
+    admission = UniformAdmission(*settings)
+    version, since_push = 0, 0
+    started, running, finished = {}, {}, set()
+    again, could_be_drawn, trained, dropped, expired = set(), set(), Counter(), set(), set()
+    while not admission.is_over:
+        if draw.random() < share_ended:
+            state, unused = admission.state, {i for i in finished if i not in trained} - set(admission.expired)
+            assert set(state["again"]) == running.keys() | unused | again
+            admission = UniformAdmission(*settings)
+            admission.restore(**state)
+            running, finished, again = {}, set(), set(state["again"])
+            if since_push:
+                version, since_push = version + 1, 0
+                admission.pushed()
+        ids = admission.start()
+        assert not set(ids) & (running.keys() | finished | dropped | expired | set(trained))
+        again -= set(ids)
+        started |= dict.fromkeys(ids, version)
+        running |= {i: draw.choice([1, draw.randint(1, 60)]) for i in ids}
+        assert len(running) <= most_running
+        batch = admission.choose(finished)
+        if batch is None:
+            assert running, "only something that still runs can be waited for: else it would block for ever"
+            soonest = min(running.values())
+            running = {i: left - soonest for i, left in running.items()}
+            for i in [i for i, left in running.items() if left <= 0]:
+                del running[i]
+                if draw.random() < share_dropped:
+                    dropped.add(i)
+                    admission.drop([i])
+                else:
+                    finished.add(i)
+            continue
+        assert len(set(batch)) == size
+        assert not set(batch) & set(admission.leaving)
+        if capacity == 10_000:
+            assert set(admission.leaving) <= could_be_drawn
+        expired |= set(admission.leaving)
+        finished -= set(admission.leaving)
+        assert all(version - started[i] <= max_staleness for i in finished)
+        assert len(finished) <= capacity
+        could_be_drawn |= finished
+        trained.update(batch)
+        since_push += 1
+        if since_push == batches_per_version:
+            version, since_push = version + 1, 0
+            admission.pushed()
+    assert trained.total() == size * batches
+    if capacity == 10_000 and not dropped | running.keys() | again:
+        assert could_be_drawn == started.keys()

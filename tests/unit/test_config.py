@@ -237,6 +237,13 @@ BAD_VALUES = [
         "train.buffer_size (1024) must equal train.dialog_turns_per_batch (512) in sync mode",
     ),
     (["device=mps"], "device (mps) needs inference_model.backend=transformers"),
+    (["train.replay=twice"], "train.replay (twice) must be one of once, uniform"),
+    (["train.replay=uniform"], "train.replay (uniform) is of async mode"),
+    (["mode=async", "train.replay=uniform", "train.epochs=2"], "train.epochs (2) must be 1 with train.replay=uniform"),
+    (
+        ["mode=async", "train.replay=uniform", "train.max_staleness=0"],
+        "train.max_staleness (0) must be at least 1 with train.replay=uniform",
+    ),
 ]
 
 

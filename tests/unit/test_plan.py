@@ -91,8 +91,22 @@ def test_anchor_states_are_counted_and_said():
     assert "anchor states     about 0.02 GiB" in plan.describe(config)
     assert plan_of(*sizes, "train.sync_iter=false").states_bytes == 5 * 512 * 56 * 128 * 2
     assert plan_of("objective=kl").states_bytes == 0
+    bound = ["mode=async", "train.max_staleness=2"]
+    # Three versions' 512 responses in the buffer or on the way to it, and two copies of a batch.
+    assert plan_of(*sizes, *bound).states_bytes == (3 + 2) * 512 * 56 * 128 * 2
+    assert plan_of(*sizes, *bound, "train.buffer_size=640").states_bytes == (640 + 2 * 512) * 56 * 128 * 2
+    # Drawn from them at random, with 4 groups at the engine and a batch's 64 before it besides.
+    uniform = plan_of(*sizes, *bound, "train.replay=uniform", "env.num_envs=4")
+    assert uniform.states_bytes == (3 * 512 + 68 * 8 + 2 * 512) * 56 * 128 * 2
     with pytest.raises(ConfigError, match=r"or inference_model.max_tokens, or train.dialog_turns_per_batch"):
         plan_of("objective=ot", "env.num_envs=1000000000")
+    with pytest.raises(ConfigError, match=r"or inference_model.max_tokens, or train.buffer_size"):
+        plan_of("objective=ot", "env.num_envs=1000000000", "mode=async")
+
+
+def test_the_description_says_what_batches_are_drawn_from():
+    config = compose("grpo_arithmetic", [CPU, "mode=async", "train.replay=uniform", "train.max_staleness=3"])
+    assert "samples           51200 responses, drawn at random from the last 2048" in make_plan(config).describe(config)
 
 
 def test_the_description_names_adapters_precision_and_budget():

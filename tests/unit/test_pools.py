@@ -10,7 +10,9 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from grpo.pools import ReferencePool, named, split_rows, submit
+from grpo import pools
+from grpo.inference import Sampling
+from grpo.pools import EnginePool, ReferencePool, named, split_rows, submit
 
 
 @pytest.mark.parametrize(("ranks", "micro_batches"), [(1, 1), (1, 4), (2, 1), (2, 4), (4, 2)])
@@ -67,6 +69,26 @@ class Recorder:
             time.sleep(0)  # let the other thread in
 
         return SimpleNamespace(remote=remote)
+
+
+def test_prompts_go_to_the_engine_that_has_least_to_sample(monkeypatch):
+    monkeypatch.setattr(pools, "get_done", lambda calls, doing: {})
+    engines = [Recorder(), Recorder()]
+    pool = EnginePool(engines, 1.0)
+
+    def feed(*ids: int) -> list[list[int]]:
+        """Which of them each engine was given."""
+        for engine in engines:
+            engine.calls.clear()
+        pool.submit(list(ids), [[i] for i in ids], Sampling(2, 4, 1.0), seed=7)
+        assert all(call[2] == 7 + i for i, engine in enumerate(engines) for call in engine.calls)
+        return [[request.request_id for call in engine.calls for request in call[1]] for engine in engines]
+
+    assert feed(0, 1, 2, 3) == [[0, 2], [1, 3]]
+    pool.sampled([0, 2])  # and neither graded nor trained on
+    assert feed(4, 5, 6) == [[4, 5], [6]]
+    pool.sampled([1, 3, 6])
+    assert feed(7, 8) == [[], [7, 8]]
 
 
 def test_threads_that_share_an_order_call_every_rank_in_the_same_one():

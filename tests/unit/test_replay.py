@@ -76,19 +76,32 @@ def test_the_async_buffer_gives_groups_in_any_order_and_their_room_to_others():
     buffer = GroupBuffer()
     buffer.extend(collection(0, 3).unbind(0))
     buffer.extend(collection(7, 2).unbind(0))
-    assert sorted(buffer.look()[0]) == [0, 1, 2, 7, 8]
-    batch = buffer.take([1, 8])
+    assert sorted(buffer.look().finished) == [0, 1, 2, 7, 8]
+    batch = buffer.take([1, 8], leaving=[1, 8])
     assert batch["group_id"].tolist() == [1] * K + [8] * K
     assert batch["reward"].tolist() == [10, 11, 12, 80, 81, 82]
     assert [record.prompt for record in batch["records"]] == ["prompt 1", "prompt 8"]
-    assert sorted(buffer.look()[0]) == [0, 2, 7]
+    assert sorted(buffer.look().finished) == [0, 2, 7]
     buffer.extend(collection(20, 3).unbind(0))
     assert len(buffer) == 6  # the room of two was used again
-    assert buffer.take([0, 20, 22, 21])["group_id"][::K].tolist() == [0, 20, 22, 21]
-    assert buffer.take([2], keep=True)["group_id"].tolist() == [2] * K
-    assert sorted(buffer.look()[0]) == [2, 7]
-    buffer.drop({30: []})
-    assert buffer.look()[1] == {30: []}
-    assert buffer.look()[1] == {}
+    whole = [0, 20, 22, 21]
+    assert buffer.take(whole, leaving=whole)["group_id"][::K].tolist() == whole
     with pytest.raises(KeyError):
-        buffer.take([0])
+        buffer.take([0], leaving=[])
+
+
+def test_the_async_buffer_keeps_what_is_not_leaving():
+    buffer = GroupBuffer()
+    buffer.extend(collection(0, 3).unbind(0))
+    assert buffer.take([2], leaving=[0])["group_id"].tolist() == [2] * K
+    assert sorted(buffer.look().finished) == [1, 2]
+    assert buffer.take([1, 2], leaving=[])["reward"].tolist() == [10, 11, 12, 20, 21, 22]
+
+
+def test_a_look_tells_once_what_was_sampled_and_what_was_dropped():
+    buffer = GroupBuffer()
+    buffer.note_sampled([4, 30])
+    buffer.note_sampled([5])
+    buffer.drop({30: []})
+    assert buffer.look() == ([4, 30, 5], [], {30: []})
+    assert buffer.look() == ([], [], {})
