@@ -68,6 +68,7 @@ def build(config: RunConfig, run_dir: Path, supervisor: Supervisor | None = None
         if resumed is not None:
             check_resume(resumed, config, data["train"])
         grading = closing.enter_context(grading_pool(config.env))
+        closing.callback(lambda: supervisor.before.update(grading=grading.restarts))
         check_reward_function(grading, data["train"].problems[:group_size])
         start_ray(config.ray, sum(plan.roles.values()), closing)
         ranks, references, actors = start_models(config, plan, model)

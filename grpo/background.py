@@ -105,6 +105,9 @@ class CollectorActor:
     def end(self) -> None:
         self.ended.set()
 
+    def grading_restarts(self) -> int:
+        return sum(env.grading.restarts for env, _ in self.lanes)
+
     def phases(self) -> dict[str, float]:
         """Seconds spent grading and waiting for the reference so far, over all threads."""
         return {name: sum(env.clock.total[name] for env, _ in self.lanes) for name in ("reward", "reference")}

@@ -147,6 +147,11 @@ class AsyncRun(Run):
         print(f"\n{describe(account)}")
         return super()._account(summary) | {"account": account}
 
+    @property
+    def _grading_restarts(self) -> int:
+        calls = {name: actor.grading_restarts.remote() for name, actor in self.collectors.items()}
+        return super()._grading_restarts + sum(self._ask(calls, "telling how often it replaced its graders"))
+
     def _ask(self, calls: dict[str, ObjectRef], doing: str) -> list:
         return get_all(calls, self.config.ray.timeout_s, doing)
 
