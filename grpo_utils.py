@@ -26,17 +26,17 @@ from grpo.cluster import join_ranks, start_actors, start_ray
 from grpo.collect import PromptEnv, PromptStream, make_finish
 from grpo.collector import GroupCollector, InferencePolicy
 from grpo.config import RunConfig
-from grpo.errors import ConfigError, RewardError
+from grpo.errors import ActorError, ConfigError, RewardError
 from grpo.grading import Failed, GradingPool, grading_pool
 from grpo.inference import InferenceActor, Sampling, engine_environment, engine_spec
 from grpo.metrics import Clock, RunLog
 from grpo.models import check_files, load_tokenizer
 from grpo.objectives.online import divisor
 from grpo.plan import Plan, make_plan
-from grpo.pools import EnginePool, ReferencePool, TrainerPool, WeightPush, named
+from grpo.pools import EnginePool, ReferencePool, Revive, TrainerPool, WeightPush, named
 from grpo.preemption import REQUEST
 from grpo.reference import ReferenceActor
-from grpo.remote import LOOK_S, get_all
+from grpo.remote import HEARTBEATS, LOOK_S, get_all
 from grpo.replay import GroupBuffer, make_replay_buffer
 from grpo.resume import SUMMARY
 from grpo.rewards import load_reward_function
@@ -44,7 +44,7 @@ from grpo.run import Run
 from grpo.run_async import AsyncRun
 from grpo.run_sync import SyncRun
 from grpo.session import claimed
-from grpo.supervision import HEARTBEATS, Supervisor
+from grpo.supervision import Supervisor
 from grpo.trainer import TrainerActor, TrainerSpec
 
 
@@ -71,10 +71,10 @@ def build(config: RunConfig, run_dir: Path, supervisor: Supervisor | None = None
         closing.callback(lambda: supervisor.before.update(grading=grading.restarts))
         check_reward_function(grading, data["train"].problems[:group_size])
         start_ray(config.ray, sum(plan.roles.values()), closing)
-        ranks, references, actors = start_models(config, plan, model)
+        ranks, references, actors = start_models(config, plan, model, supervisor)
         watched = named("training", ranks) | named("reference", references) | named("inference", actors)
         timeout_s = config.ray.timeout_s
-        engines = EnginePool(actors, timeout_s)
+        engines = EnginePool(actors, timeout_s, min_engines=config.ray.min_engines)
         train = config.train
         trainer = TrainerPool(
             ranks,
@@ -85,6 +85,8 @@ def build(config: RunConfig, run_dir: Path, supervisor: Supervisor | None = None
             divisor(config.objective.aggregation, config.inference_model.max_tokens),
         )
         push = connect(trainer, engines, plan.transport, config.inference_model.tensor_parallel_size, timeout_s)
+        if plan.transport == "shared_memory":
+            engines.revive = reviving(supervisor, push)
         reference, old = None, None
         if config.num_references:
             reference = ReferencePool(references, timeout_s, "reference", Lock())
@@ -104,7 +106,7 @@ def build(config: RunConfig, run_dir: Path, supervisor: Supervisor | None = None
             )
             closing.callback(_end_background, make_run.keywords["background"])
         else:
-            buffer, collectors = start_collectors(config, model, data["train"], actors, references)
+            buffer, collectors = start_collectors(config, model, data["train"], actors, references, supervisor)
             watched |= {BUFFER: buffer} | collectors
             make_run = partial(
                 AsyncRun,
@@ -202,15 +204,22 @@ def load_data(config: RunConfig, task: tasks.Task, tokenizer: PreTrainedTokenize
 
 
 def start_models(
-    config: RunConfig, plan: Plan, model: str
+    config: RunConfig, plan: Plan, model: str, supervisor: Supervisor
 ) -> tuple[list[ActorHandle], list[ActorHandle], list[ActorHandle]]:
-    """Start the actors side by side and wait until each has its model: (training ranks, references, engines)."""
+    """Start the actors side by side and wait until each has its model: (training ranks, references, engines).
+
+    Ray starts references again that die, and engines where the last push is still there for them; all else is started anew.
+    """
 
     def start(role: str, cls: type, environment: dict[str, str], *arguments) -> list[ActorHandle]:
         if role not in plan.roles:
             return []
         gpus = plan.gpus_per_process * (config.inference_model.tensor_parallel_size if role == "inference" else 1)
-        return start_actors(cls, plan.roles[role], plan.device, gpus, plan.threads[role], environment, *arguments)
+        count, restarts = plan.roles[role], None
+        if role == "reference" or (role == "inference" and plan.transport == "shared_memory"):
+            restarts = [supervisor.left(name) for name in named(role, [None] * count)]
+        threads = plan.threads[role]
+        return start_actors(cls, count, plan.device, gpus, threads, environment, *arguments, restarts=restarts)
 
     inference, attention = config.inference_model, config.model.attn_implementation
     spec = engine_spec(config, model, plan.device)
@@ -257,14 +266,26 @@ def connect(
     opening = {sender: first.open_pushes.remote(transport, dtype, num_receivers, 0.8 * timeout_s)}
     description, aliases, own_dtype = ask(opening, "preparing weight pushes")[0]
     joining = {sender: first.join_pushes.remote()}
-    for i, engine in enumerate(named("inference", actors)):
-        call = actors[i].connect.remote(description, engine, i * processes_per_engine, list(aliases))
-        joining[engine] = call
+    first_index = {engine: i * processes_per_engine for i, engine in enumerate(engines.by_name)}
+
+    def join(engine: str) -> ObjectRef:
+        return engines.by_name[engine].connect.remote(description, engine, first_index[engine], list(aliases))
+
+    joining |= {engine: join(engine) for engine in engines.by_name}
     _, *projected = ask(joining, "connecting trainer and engines")
     packed = sorted({aliases.get(name, name) for names in projected for name in names})
     ask({sender: first.project.remote(packed)}, "preparing weight pushes")
     coarser = min(dtype, own_dtype, key=lambda name: -torch.finfo(getattr(torch, name)).eps)
-    return WeightPush(trainer, engines, aliases, coarser, timeout_s)
+    return WeightPush(trainer, engines, aliases, coarser, timeout_s, join)
+
+
+def reviving(supervisor: Supervisor, push: WeightPush) -> Revive:
+    """How an engine that has died comes back in its place, with the weights of the last push if it is to have them."""
+
+    def revive(name: str, actor: ActorHandle, error: ActorError, load: bool) -> None:
+        supervisor.bring_back(name, actor, error, actor.start, partial(push.repeat, name, load))
+
+    return revive
 
 
 def make_collector(
@@ -295,7 +316,12 @@ def make_admission(config: RunConfig) -> Admission:
 
 
 def start_collectors(
-    config: RunConfig, model: str, data: tasks.EncodedProblems, engines: list[ActorHandle], references: list[ActorHandle]
+    config: RunConfig,
+    model: str,
+    data: tasks.EncodedProblems,
+    engines: list[ActorHandle],
+    references: list[ActorHandle],
+    supervisor: Supervisor,
 ) -> tuple[ActorHandle, dict[str, ActorHandle]]:
     """The replay buffer's actor, and a collector beside each engine, by the names that errors use.
 
@@ -304,9 +330,11 @@ def start_collectors(
     resources = {"num_cpus": 0, "num_gpus": 0, "concurrency_groups": HEARTBEATS}
     buffer = GroupBuffer.as_remote(resources).remote()
     shared, names = ray.put(data), list(named("inference", engines))
-    start = ray.remote(**resources, max_concurrency=3)(CollectorActor).remote
+    start = ray.remote(**resources, max_concurrency=3)(CollectorActor)
+    lives = [supervisor.left(name) for name in named("collector", engines)]
     actors = [
-        start(config, model, shared, engine, name, references, buffer) for engine, name in zip(engines, names, strict=True)
+        start.options(max_restarts=left).remote(config, model, shared, engine, name, references, buffer)
+        for engine, name, left in zip(engines, names, lives, strict=True)
     ]
     collectors = named("collector", actors)
     starting = {name: actor.start.remote() for name, actor in collectors.items()} | {BUFFER: buffer.look.remote()}

@@ -22,6 +22,7 @@ from tensordict import TensorDict
 
 from grpo.collect import Finish, PromptEnv, PromptStream, graded_turn, make_finish
 from grpo.config import RunConfig
+from grpo.errors import ActorError
 from grpo.grading import grading_pool
 from grpo.metrics import Clock
 from grpo.models import load_tokenizer
@@ -76,6 +77,8 @@ class CollectorActor:
         self.config, self.model, self.data = config, model, data
         self.engine, self.engine_name, self.references, self.buffer = engine, engine_name, references, buffer
         self.sampled, self.ended = Waiting(), Event()
+        self.lanes: list[tuple[BackgroundEnv, Finish]] = []
+        self.in_hand: set[int] = set()  # groups that were taken and are not in the buffer
 
     def start(self) -> int:
         """Start the grading processes; returns the process id."""
@@ -86,7 +89,7 @@ class CollectorActor:
         reference = None
         if self.references:
             reference = ReferencePool(self.references, config.ray.timeout_s, "reference", Lock())
-        self.closing, self.lanes = ExitStack(), []
+        self.closing = ExitStack()
         for _ in range(env.grading_processes):
             grading = self.closing.enter_context(grading_pool(env, num_workers=1))
             lane = BackgroundEnv((), grading, self.data, self.stream, tokenizer, Clock())
@@ -105,6 +108,10 @@ class CollectorActor:
     def end(self) -> None:
         self.ended.set()
 
+    def holding(self) -> list[int]:
+        """The ids of the groups that were taken and are not in the buffer."""
+        return list(self.in_hand)
+
     def grading_restarts(self) -> int:
         return sum(env.grading.restarts for env, _ in self.lanes)
 
@@ -115,10 +122,17 @@ class CollectorActor:
     def _take(self) -> None:
         timeout_s = self.config.ray.timeout_s
         while not self.ended.is_set():
-            parts = get(self.engine.take.remote(LOOK_S), timeout_s, self.engine_name, "sampling")
+            try:
+                parts = get(self.engine.take.remote(LOOK_S), timeout_s, self.engine_name, "sampling")
+            except ActorError as error:
+                if not error.died:
+                    raise
+                self.ended.wait(LOOK_S)  # the driver starts it again, or goes on without it
+                continue
             if parts:
-                self.sampled.put(parts)
                 ids = [i for part in parts for i in set(part.request_id.tolist())]
+                self.in_hand.update(ids)
+                self.sampled.put(parts)
                 get(self.buffer.note_sampled.remote(ids), timeout_s, BUFFER, f"hearing of {len(ids)} sampled groups")
 
     def _collect(self, env: PromptEnv, finish: Finish) -> None:
@@ -134,6 +148,7 @@ class CollectorActor:
         notes = {int(group["group_id"][0]): group["record"].grades for group in dropped}
         calls = [self.buffer.extend.remote(list(kept)), self.buffer.drop.remote(notes)]
         get(calls, self.config.ray.timeout_s, BUFFER, f"taking {len(groups)} groups")
+        self.in_hand.difference_update(groups["group_id"][:, 0].tolist())
 
     def _rollouts(self, completions: Completions) -> TensorDict:
         """Whole groups [G, K]; an engine's request ids are group ids."""

@@ -13,8 +13,7 @@ from ray.actor import ActorHandle
 from grpo.config import RayConfig
 from grpo.pools import named
 from grpo.preemption import REQUEST, take_signals
-from grpo.remote import get, get_all
-from grpo.supervision import HEARTBEATS
+from grpo.remote import HEARTBEATS, get, get_all
 
 END_S = 1.0  # that Ray's processes have to end by themselves
 
@@ -71,9 +70,19 @@ def _end_ray(daemons: list[psutil.Process]) -> None:
 
 
 def start_actors(
-    cls: type, count: int, device: str, gpus: float, threads: int, environment: dict[str, str], *arguments
+    cls: type,
+    count: int,
+    device: str,
+    gpus: float,
+    threads: int,
+    environment: dict[str, str],
+    *arguments,
+    restarts: list[int] | None = None,
 ) -> list[ActorHandle]:
-    """`count` actors of `cls`, each with its share of the machine; they are not waited for."""
+    """`count` actors of `cls`, each with its share of the machine; they are not waited for.
+
+    Ray starts each of them again as often as `restarts` has it, without what it was told before.
+    """
     common = {"OMP_NUM_THREADS": str(threads)}
     if device == "cpu":
         # Large tensors come from the heap, which keeps its pages: faulting them in anew costs a push a third of its time.
@@ -86,7 +95,7 @@ def start_actors(
         "runtime_env": {"env_vars": common | environment},
         "concurrency_groups": HEARTBEATS,
     }
-    return [ray.remote(**options)(cls).remote(*arguments) for _ in range(count)]
+    return [ray.remote(**options, max_restarts=most)(cls).remote(*arguments) for most in restarts or [0] * count]
 
 
 def join_ranks(trainers: list[ActorHandle], config: RayConfig, starting: dict | None = None) -> None:

@@ -71,7 +71,7 @@ class Doctor:
             names = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
             return ", ".join(f"{gpu.name} with {gpu.total_memory / 2**30:.0f} GiB" for gpu in names)
         if shutil.which("nvidia-smi"):
-            raise ConfigError("nvidia-smi is there and PyTorch sees no GPU: install requirements_ifeval.txt, or set device=cpu")
+            raise ConfigError("nvidia-smi is there, PyTorch sees no GPU: install requirements_ifeval.txt, or set device=cpu")
         from grpo.plan import num_cores
 
         return f"no GPU, {num_cores()} cores, {psutil.virtual_memory().available / 2**30:.1f} GiB of memory free"
@@ -80,7 +80,7 @@ class Doctor:
         free = shutil.disk_usage(".").free
         if free < LEAST_DISK:
             raise ConfigError(
-                f"{free / 2**30:.1f} GiB are free here, where outputs/ is made, and checkpoints want more: free some, or set "
+                f"{free / 2**30:.1f} GiB are free here, where outputs/ is made; checkpoints want more: free some, or set "
                 "hydra.run.dir to another disk"
             )
         return f"{free / 2**30:.0f} GiB free here, where outputs/ is made"
@@ -108,12 +108,15 @@ class Doctor:
         return f"up in {time.monotonic() - start:.0f} s"
 
     def models(self) -> str:
+        from grpo.supervision import Supervisor
         from grpo_utils import start_models
 
         start = time.monotonic()
-        self.ranks, _, self.engines = start_models(self.config, self.plan, str(self.folder))
+        self.ranks, _, self.engines = start_models(self.config, self.plan, str(self.folder), Supervisor(self.config.ray))
         backend = self.config.inference_model.backend
-        return f"{backend} and {len(self.ranks)} training ranks on {self.plan.device}, up in {time.monotonic() - start:.0f} s"
+        return (
+            f"{backend} and {len(self.ranks)} training ranks on {self.plan.device}, up in {time.monotonic() - start:.0f} s"
+        )
 
     def push(self) -> str:
         from grpo.pools import EnginePool, TrainerPool

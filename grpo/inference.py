@@ -19,10 +19,9 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
-import psutil
 
 from grpo.config import RunConfig
-from grpo.leftovers import claim_segments
+from grpo.errors import Restarted
 from grpo.rollout import Completions
 from grpo.weight_sync import Receipt
 
@@ -166,11 +165,14 @@ class InferenceActor:
         self.busy_s = 0.0
         self.draining = False
 
+    def __getattr__(self, name: str) -> None:
+        if name == "engine":  # which `start` makes: this process took the place of one that had died
+            raise Restarted
+        raise AttributeError(name)
+
     async def start(self) -> int:
         """Load the model; returns the process id."""
         self.engine = make_engine(self.spec)
-        if self.spec.tensor_parallel_size > 1:  # vLLM talks to the processes of such an engine through segments without a mark
-            claim_segments([os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))])
         return os.getpid()
 
     async def weights_dtype(self) -> str:
@@ -214,6 +216,12 @@ class InferenceActor:
                 while not self.stream.finished:
                     await self._next(self.stream)
         return self.stream.take()
+
+    async def holding(self) -> list[int]:
+        """The ids of what was submitted and not taken."""
+        ids = [request.request_id for request in self.held]
+        ids += [i for inbox, i in self.asked.values() if inbox is self.stream]
+        return ids + [i for finished in self.stream.finished for i in set(finished.request_id.tolist())]
 
     async def hold_nothing(self) -> None:
         """Give up what was submitted and is not the engine's yet."""

@@ -1,7 +1,7 @@
 """What a run that was killed leaves behind, and how the next start finds it: processes, and segments of shared memory.
 
-Every process of a run has its driver's identity in the environment, and every segment has it in its name, or in the name of a
-list that it is on. What belongs to a driver that is gone is removed; what belongs to one that lives, or that this process
+Every process of a run has its driver's identity in the environment, and every segment in its name, or in the name of a list
+that it is on. What belongs to a driver that is gone is removed; what belongs to one that lives, or that this process
 cannot judge (another machine's, or another container's), stays. Where there is no /proc, nothing is looked for.
 """
 

@@ -7,6 +7,7 @@
 What may be started and what is trained on next is decided in one place, grpo/admission.py.
 """
 
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -59,8 +60,11 @@ class AsyncRun(Run):
         """Have the engines start what may be started now."""
         ids = self.admission.start()
         if ids:
-            prompts = [self.data["train"].prompts[self.stream.at(i)] for i in ids]
-            self.engines.submit(ids, prompts, self.sampling, sampling_seed(self.config.seed, ids[0]))
+            self._submit(ids)
+
+    def _submit(self, ids: list[int]) -> None:
+        prompts = [self.data["train"].prompts[self.stream.at(i)] for i in ids]
+        self.engines.submit(ids, prompts, self.sampling, sampling_seed(self.config.seed, ids[0]))
 
     def _next_batch(self) -> TensorDict:
         with self.clock.phase("wait"):
@@ -69,6 +73,7 @@ class AsyncRun(Run):
             while (chosen := self._choose()) is None:
                 REQUEST.check()
                 self._check_collectors()
+                self._mend()
                 if time.monotonic() > deadline:
                     raise ActorError(
                         f"no batch could be made within {timeout_s:g} s behind step {self.progress.num_steps}: "
@@ -86,22 +91,52 @@ class AsyncRun(Run):
 
     def _choose(self) -> list[int] | None:
         """The next batch, or None while it has to be waited for; the engines are fed meanwhile."""
+        self._look()
+        self._feed()
+        return self.admission.choose(self.finished)
+
+    def _look(self) -> None:
+        """Take note of what the buffer has."""
         seen: Seen = get(self.buffer.look.remote(), self.config.ray.timeout_s, BUFFER, "telling what is finished")
         self.engines.sampled(seen.sampled)
         self.finished = set(seen.finished)
-        self.dropped |= seen.dropped
+        # A group that seemed to be lost is sampled again, and may come twice.
+        dropped = {i: grades for i, grades in seen.dropped.items() if i in self.admission.deadlines}
+        self.dropped |= dropped
         self._check_dropped(len(self.dropped))
-        self.admission.drop(seen.dropped)
-        self._feed()
-        return self.admission.choose(seen.finished)
+        self.admission.drop(dropped)
 
     @property
     def _in_flight(self) -> int:
         return len(self.admission.deadlines.keys() - self.finished)
 
     def _check_collectors(self) -> None:
-        """Raise what a collector ended with."""
-        get_done(self.collecting, "collecting")
+        """Raise what a collector ended with; one that has died collects again."""
+        self.collecting = get_done(self.collecting, "collecting", self._collect_again)
+
+    def _collect_again(self, name: str, error: ActorError) -> ObjectRef:
+        """For `get_all`: start a collector again that has died."""
+        actor = self.collectors[name]
+        self.supervisor.bring_back(name, actor, error, actor.start)
+        self.supervisor.fallen.add(name)  # with what it had
+        return actor.run.remote()
+
+    def _mend(self) -> None:
+        """Have back what has died, and sample again what it had in hand."""
+        if not self.supervisor.take_fallen():
+            return
+        self.engines.check()
+        # In the order of the way from prompt to buffer, so that what moves on meanwhile is seen.
+        timeout_s, doing = self.config.ray.timeout_s, "telling what it has"
+        holding = get_all(self.engines.holding(), timeout_s, doing, again=self.engines.again("holding"))
+        collectors = {name: actor.holding.remote() for name, actor in self.collectors.items()}
+        holding += get_all(collectors, timeout_s, doing, again=lambda name, error: None)  # what it had is lost
+        self._look()
+        lost = sorted(self.admission.deadlines.keys() - self.finished.union(*holding))
+        self.engines.sampled(lost)
+        if lost:
+            self._submit(lost)
+            print(f"{len(lost)} groups that were in flight are sampled again", file=sys.stderr)
 
     @property
     def push_is_due(self) -> bool:
@@ -115,7 +150,8 @@ class AsyncRun(Run):
         if self.config.train.drain_before_push:
             with self.clock.phase("wait"):
                 doing = "ending what runs before a push"
-                get_all(self.engines.drain(), self.config.ray.timeout_s, doing, can_be_left=True)
+                again = self.engines.again("drain")
+                get_all(self.engines.drain(), self.config.ray.timeout_s, doing, can_be_left=True, again=again)
         super().push_weights()
 
     def _pushed(self) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from tensordict import TensorDict
 
 from grpo.checkpoint import Checkpoint, CheckpointWriter, newest
-from grpo.errors import ActorError, ConfigError, TrainingError
+from grpo.errors import ConfigError, TrainingError
 from grpo.metrics import Clock, RunLog
 from grpo.plot import plot_run
 from grpo.pools import TrainerPool
@@ -176,15 +176,13 @@ class Session(ABC):
     def kept(self) -> Iterator[None]:
         """While the run goes on: a request to end saves it, and a full disk is said in one line."""
         write_config(self.config, self.run_dir)
+        self.supervisor.at = lambda: self.progress.num_steps
         (self.run_dir / SUMMARY).unlink(missing_ok=True)  # of the shorter run that is gone on with
         try:
             try:
                 yield
             except Preempted as stop:
                 stop.saved = self._save_and_end()
-                raise
-            except ActorError as error:
-                error.step = self.progress.num_steps
                 raise
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):

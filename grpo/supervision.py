@@ -7,7 +7,6 @@ An actor answers heartbeats from a thread of its own, so a long step is no silen
 is counted here; that a run goes on exactly is the checkpoint's doing.
 """
 
-import os
 import re
 import sys
 import threading
@@ -23,14 +22,14 @@ import psutil
 import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorUnavailableError, RayActorError
 
 from grpo.config import RayConfig
 from grpo.errors import ActorError
 from grpo.leftovers import marked
 from grpo.preemption import REQUEST, Preempted, listen
+from grpo.remote import ask, get, wait_until_back
 
-HEARTBEATS = {"heartbeat": 1}  # the concurrency group, of one thread, in which an actor answers them
 BUSY = 0.2  # of a core: a process that computes this much is not dead, though it may hold Python's lock
 
 
@@ -75,7 +74,11 @@ class Supervisor:
     """Counts how often actors were started again, and has them watched."""
 
     def __init__(self, config: RayConfig) -> None:
-        self.most, self.heartbeat_timeout_s = config.max_restarts, config.heartbeat_timeout_s
+        self.config, self.most = config, config.max_restarts
+        self.watched: dict[str, ActorHandle] = {}
+        self.fallen: set[str] = set()
+        self.told: Counter[str] = Counter()  # restarts of an actor that were said
+        self.at: Callable[[], int] | None = None  # the optimiser step that the run is behind, once there is one
         self.counts: Counter[str] = Counter()  # by the actors' names
         self.before: Counter[str] = Counter()  # by role, of the processes that were at this run before this one
 
@@ -83,9 +86,18 @@ class Supervisor:
     def restarts(self) -> dict[str, int]:
         """How often actors of each role were started again."""
         total = Counter(self.before)
-        for actor, count in self.counts.items():
-            total[role(actor)] += count
-        return dict(total)
+        for actor in self.counts.keys() | self.watched.keys():
+            total[role(actor)] += self._count(actor)
+        return {its: count for its, count in total.items() if count}
+
+    def left(self, actor: str) -> int:
+        """How often it may be started again."""
+        return max(0, self.most - self._count(actor))
+
+    def _count(self, actor: str) -> int:
+        """With how often Ray has started it again since it is watched."""
+        watched = self.watched.get(actor)
+        return self.counts[actor] + (0 if watched is None else num_restarts(watched))
 
     def take_up(self, restarts: dict[str, int]) -> None:
         """Go on counting from a checkpoint's, unless its run is this process's own."""
@@ -93,14 +105,14 @@ class Supervisor:
             self.before = Counter(restarts)
 
     def count(self, error: ActorError, kept: str) -> str:
-        """The actor that `error` is of is to be started again; returns the count in words.
+        """The actor that `error` is of is to be started again with all others; returns the count in words.
 
         Raises ActorError where that was done ray.max_restarts times already, with what is `kept`; and `error` itself where
         no actor is to blame.
         """
         if not error.actor:
             raise error
-        where = "" if error.step is None else f" (behind step {error.step})"
+        where = f" (behind step {self.at()})" if self.at else ""
         if self.counts[error.actor] >= self.most:
             wrote = f"; it wrote last: {' | '.join(error.log)}" if error.log else ""
             raise ActorError(
@@ -109,10 +121,43 @@ class Supervisor:
         self.counts[error.actor] += 1
         return f"restart {self.counts[error.actor]} of at most {self.most}{where}"
 
+    def bring_back(self, name: str, actor: ActorHandle, error: ActorError, start: Any, *steps: Callable[[], None]) -> None:
+        """Wait until Ray has started an actor again that has died, have it `start`, and take the further `steps` with it.
+
+        Raises ActorError where Ray does so no more.
+        """
+        timeout_s, key = self.config.start_timeout_s, "ray.start_timeout_s"
+        while True:
+            try:
+                wait_until_back(actor, name, timeout_s)
+                self.tell(name, str(error))
+                get(start.remote(), timeout_s, name, "starting", key)
+                for step in steps:
+                    step()
+                return
+            except ActorError as another:
+                if not another.died or another.actor != name:
+                    raise
+                error = another
+
+    def tell(self, name: str, why: str) -> None:
+        """Say that Ray has started the actor again, if that has not been said."""
+        count = self._count(name)
+        if count > self.told[name]:
+            self.told[name] = count
+            where = f" behind step {self.at()}" if self.at else ""
+            print(f"Warning: {why}; it is started again{where} (restart {count} of at most {self.most})", file=sys.stderr)
+
+    def take_fallen(self) -> set[str]:
+        """The actors that Ray has started again since the last call, by their names."""
+        fallen, self.fallen = self.fallen, set()
+        return fallen
+
     @contextmanager
     def watching(self, actors: dict[str, ActorHandle]) -> Iterator[None]:
         """Have these actors, by their names, asked for heartbeats meanwhile."""
-        watch = Watch(actors, self.heartbeat_timeout_s)
+        self.watched, self.fallen = actors, set()
+        watch = Watch(actors, self.config.heartbeat_timeout_s, self._heard_of_restart)
         thread = threading.Thread(target=watch.run, name="watch", daemon=True)
         thread.start()
         try:
@@ -120,6 +165,18 @@ class Supervisor:
         finally:
             watch.ended.set()
             thread.join()
+            counts = {name: self._count(name) for name in actors}
+            self.watched = {}
+            self.counts.update({name: count - self.counts[name] for name, count in counts.items() if count})
+
+    def _heard_of_restart(self, name: str) -> None:
+        self.fallen.add(name)
+        self.tell(name, f"{name} died")
+
+
+def num_restarts(actor: ActorHandle) -> int:
+    """How often Ray has started it again."""
+    return ray._private.state.actors(actor._actor_id.hex())["NumRestarts"]
 
 
 @dataclass
@@ -128,16 +185,20 @@ class Watched:
 
     actor: ActorHandle
     call: ObjectRef
+    pid: int | None = None
     process: psutil.Process | None = None  # where it runs on this machine
     silent_s: float = 0.0  # since the last answer
     worked_s: float = 0.0  # processor seconds by then
 
 
 class Watch:
-    """Kills the process of an actor that does not answer for `timeout_s` seconds, so that every wait for it ends."""
+    """Kills the process of an actor that does not answer for `timeout_s` seconds, so that every wait for it ends.
 
-    def __init__(self, actors: dict[str, ActorHandle], timeout_s: float) -> None:
-        self.timeout_s, self.interval_s = timeout_s, min(2.0, timeout_s / 8)
+    `restarted` is called with the name of one that answers from another process than before.
+    """
+
+    def __init__(self, actors: dict[str, ActorHandle], timeout_s: float, restarted: Callable[[str], None]) -> None:
+        self.timeout_s, self.interval_s, self.restarted = timeout_s, min(2.0, timeout_s / 8), restarted
         self.watched = {name: Watched(actor, ask(actor)) for name, actor in actors.items()}
         self.ended = threading.Event()
 
@@ -160,49 +221,45 @@ class Watch:
                 self._kill(name, watched)
 
     def _hear(self, name: str, watched: Watched) -> None:
+        watched.silent_s = 0.0
         try:
             pid, node = ray.get(watched.call)
+        except ActorUnavailableError:  # Ray starts it again
+            watched.process, watched.call = None, ask(watched.actor)
+            return
         except RayActorError:
             del self.watched[name]  # whoever calls it is told so
             return
-        watched.silent_s = 0.0
-        if node == ray.get_runtime_context().get_node_id():
+        if watched.pid not in (None, pid):
+            self.restarted(name)
+        if pid != watched.pid or watched.process is None:
+            watched.pid, here = pid, node == ray.get_runtime_context().get_node_id()
             with suppress(psutil.NoSuchProcess):
-                watched.process = watched.process or psutil.Process(pid)
-                watched.worked_s = _worked_s(watched.process)
+                watched.process = psutil.Process(pid) if here else None
+        watched.worked_s = 0.0 if watched.process is None else _worked_s(watched.process)
         watched.call = ask(watched.actor)
 
     def _is_busy(self, watched: Watched) -> bool:
         """Whether it computes: a library may hold Python's lock for long, and calls have deadlines of their own."""
-        if watched.process is None:
-            return False
-        try:
-            return _worked_s(watched.process) - watched.worked_s > BUSY * watched.silent_s
-        except psutil.NoSuchProcess:
-            return False
+        return watched.process is not None and _worked_s(watched.process) - watched.worked_s > BUSY * watched.silent_s
 
     def _kill(self, name: str, watched: Watched) -> None:
-        del self.watched[name]
         print(
             f"Warning: {name} did not answer for {watched.silent_s:.0f} s (ray.heartbeat_timeout_s) and is ended",
             file=sys.stderr,
         )
+        watched.silent_s = 0.0
         if watched.process is None:
-            ray.kill(watched.actor)
+            ray.kill(watched.actor, no_restart=False)
             return
         with suppress(psutil.NoSuchProcess):
             watched.process.kill()
 
 
-def ask(actor: ActorHandle) -> ObjectRef:
-    """A heartbeat: the actor's process id and node, to come."""
-    return actor.__ray_call__.options(concurrency_group="heartbeat").remote(_alive)
-
-
-def _alive(actor: object) -> tuple[int, str]:
-    return os.getpid(), ray.get_runtime_context().get_node_id()
-
-
 def _worked_s(process: psutil.Process) -> float:
-    times = process.cpu_times()
+    """Processor seconds; 0 where it is gone."""
+    try:
+        times = process.cpu_times()
+    except psutil.NoSuchProcess:
+        return 0.0
     return times.user + times.system

@@ -124,14 +124,12 @@ def buckets(slots: list[Slot]) -> Iterator[list[Slot]]:
 
 
 def open_store(host: str, timeout: timedelta) -> dist.TCPStore:
-    """A store at a free port of `host`, to which alone it listens; torch's own would listen to every address of the machine."""
+    """A store at a free port of `host`, to which alone it listens; torch would listen to every address."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.create_server((host, 0), family=family)
     port = listening.getsockname()[1]
     descriptor = listening.detach()
-    return dist.TCPStore(
-        host, port, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=descriptor
-    )
+    return dist.TCPStore(host, port, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=descriptor)
 
 
 class Broadcast:

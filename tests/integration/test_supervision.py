@@ -1,11 +1,8 @@
 """Actors that are killed, stopped, or dead at every start: runs go on by themselves, or say why they cannot."""
 
-import json
 import os
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from signal import SIGKILL, SIGSTOP
 
@@ -21,10 +18,10 @@ from grpo.inference import InferenceActor
 from grpo.launch import compose
 from grpo.leftovers import identity
 
-from .conftest import SMALL, Finished
+from .conftest import SMALL, Finished, same_weights
 from .faults import Fault, Faults
-from .test_async import ASYNC, each_group_once, staleness
-from .test_resume import ROOT, STEPS, TRANSFORMERS, Process, check_same
+from .test_async import ASYNC, each_group_once
+from .test_resume import STEPS, TRANSFORMERS, Process, check_same
 
 HEARTBEAT = "ray.heartbeat_timeout_s=2"
 DYING = "GRPO_TEST_DYING"  # names the file at whose presence DyingEngine dies
@@ -104,7 +101,9 @@ def test_an_actor_that_dies_at_every_start_ends_the_run_with_its_last_words(tmp_
     said = str(raised.value)
     assert said.startswith("the inference actor died while starting: ") and "\n" not in said
     assert "no such luck" in said
-    assert f"it was started again 1 times, as often as ray.max_restarts allows; checkpoint_000001 is whole: go on with" in said
+    assert (
+        "it was started again 1 times, as often as ray.max_restarts allows; checkpoint_000001 is whole: go on with" in said
+    )
     assert newest(run_dir).path.name == "checkpoint_000001"
 
 
@@ -141,4 +140,4 @@ def test_two_runs_do_not_disturb_each_other_and_clean_up_behind_a_killed_one(run
         assert not run.left()
     expected = run_sync(*STEPS, *one_collection)
     for name in runs:
-        assert Finished(tmp_path / name / "run").weights.keys() == expected.weights.keys()
+        assert same_weights(Finished(tmp_path / name / "run"), expected)

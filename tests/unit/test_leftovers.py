@@ -71,7 +71,9 @@ def test_other_machines_and_containers_are_not_judged(gone):
     assert not is_gone(f"{boot}.{int(namespace) + 1}.{pid}.{started}")
 
 
-def test_processes_of_a_driver_that_is_gone_are_ended_though_they_are_stopped_and_no_others(start, gone, shared_memory, capsys):
+def test_processes_of_a_driver_that_is_gone_are_ended_though_they_are_stopped_and_no_others(
+    start, gone, shared_memory, capsys
+):
     living = start(**{MARK: identity(os.getpid())})
     unmarked = start()
     stopped = start(**{MARK: gone})
@@ -85,7 +87,9 @@ def test_processes_of_a_driver_that_is_gone_are_ended_though_they_are_stopped_an
     assert capsys.readouterr().err == ""
 
 
-def test_segments_of_a_driver_that_is_gone_are_removed_with_those_on_its_lists_and_no_others(gone, shared_memory, monkeypatch):
+def test_segments_of_a_driver_that_is_gone_are_removed_with_those_on_its_lists_and_no_others(
+    gone, shared_memory, monkeypatch
+):
     own = f"grpo-{identity(os.getpid())}-weights-abc"
     listed, foreign = "psm_listed", "psm_foreign"
     for name in (own, f"grpo-{gone}-weights-abc", listed, foreign, "grpo-else"):
@@ -110,7 +114,10 @@ def test_segments_that_a_process_has_mapped_are_listed(shared_memory, monkeypatc
     mapped, other = shared_memory / "psm_mapped", shared_memory / "psm_other"
     for path in (mapped, other):
         path.write_bytes(b"x" * 4096)
-    code = f"import mmap, time; f = open({str(mapped)!r}, 'r+b'); m = mmap.mmap(f.fileno(), 0); print(1, flush=True); time.sleep(60)"
+    code = (
+        f"import mmap, time; f = open({str(mapped)!r}, 'r+b'); m = mmap.mmap(f.fileno(), 0); "
+        "print(1, flush=True); time.sleep(60)"
+    )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     process.stdout.readline()
     claim_segments([os.getpid(), process.pid])

@@ -72,7 +72,7 @@ class Recorder:
 
 
 def test_prompts_go_to_the_engine_that_has_least_to_sample(monkeypatch):
-    monkeypatch.setattr(pools, "get_done", lambda calls, doing: {})
+    monkeypatch.setattr(pools, "get_done", lambda calls, doing, again: {})
     engines = [Recorder(), Recorder()]
     pool = EnginePool(engines, 1.0)
 
@@ -119,7 +119,7 @@ def test_every_rank_scores_as_many_rows_and_each_answer_comes_back_once(rows, ac
         shares.append(len(batch))
         return 2.0 * batch["tokens"]
 
-    monkeypatch.setattr("grpo.pools.get_all", lambda calls, timeout_s, doing, can_be_left=False: list(calls.values()))
+    monkeypatch.setattr("grpo.pools.get_all", lambda calls, timeout_s, doing, **options: list(calls.values()))
     tokens = torch.arange(rows * 3).view(rows, 3)
     batch = TensorDict({k: tokens for k in ("tokens", "prompt_length", "response_mask")}, batch_size=[rows])
     actor = SimpleNamespace(score=SimpleNamespace(remote=score))
