@@ -2,11 +2,11 @@
 
     python -m benchmarks.push_stall      # writes benchmarks/results/push_stall.json
 
-Asynchronous runs of grpo_arithmetic with a push every 1, 4 and 16 optimiser steps, looked at in the engine's process. A stall
-is the time from the end of the last step before an update to the beginning of the first step after it. The keys and values of
-everything in flight belong to the old weights and are then computed anew: `delay_s` says how much later, in all, a response
-has its next token, from the end of the last step before until each that was in flight has one, less the median step. Pushes
-that found nothing in flight have neither.
+Asynchronous runs of grpo_arithmetic with a push every 1, 4 and 16 optimiser steps, looked at in the engine's process. A
+stall is the time from the end of the last step before an update to the beginning of the first step after it. The keys and
+values of everything in flight belong to the old weights and are then computed anew: `delay_s` says how much later, in all, a
+response has its next token, from the end of the last step before until each that was in flight has one, less the median
+step. Pushes that found nothing in flight have neither.
 """
 
 import argparse
@@ -26,7 +26,7 @@ STEPS = {1: 48, 4: 96, 16: 160}  # optimiser steps by train.weight_update_freque
 
 
 def watch(actor) -> None:
-    """Have an inference actor keep `seen`: seconds of its engine's steps, of stalls and delays, and of the parts of updates."""
+    """Have an inference actor keep `seen`: seconds of its engine's steps, of stalls, delays, and the parts of updates."""
     engine = actor.engine
     scheduler = engine.engine.engine_core.engine_core.scheduler
     seen = actor.seen = defaultdict(list)

@@ -115,7 +115,7 @@ class Admission:
 
 
 class UniformAdmission(Admission):
-    """A batch is a uniform draw, without a group twice, from all finished groups: one is trained on as often as chance has it.
+    """A batch is a uniform draw of as many finished groups: each is trained on as often as chance has it.
 
     A finished group stays until its deadline is over or `capacity` younger ones are there. What is started is bounded by
     `most_running` and not by what is there, so engines go on at their own pace; and a batch waits for those groups alone

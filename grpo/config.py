@@ -198,6 +198,12 @@ class InferenceModelConfig:
             f"must be 1 with backend={self.backend}: only vllm splits a model",
         )
         _check(0 < self.temperature < math.inf, f"{section}.temperature", self.temperature, "must be above 0 to explore")
+        _check(
+            self.temperature <= 2 or self.backend != "vllm",
+            f"{section}.temperature",
+            self.temperature,
+            "must be at most 2 with backend=vllm",
+        )
         _check(0 < self.top_p <= 1, f"{section}.top_p", self.top_p, "must be in (0, 1]")
         _check(
             self.top_p == 1 or self.temperature == 1,
@@ -651,7 +657,7 @@ class RunConfig:
 
     @property
     def running_groups(self) -> int:
-        """async with train.replay=uniform: groups that are sampled or wait for it: what the engines run, and a batch more."""
+        """async, train.replay=uniform: groups that are sampled or wait for it: what the engines run, and a batch more."""
         return self.env.num_envs * self.inference_model.num_devices + self.groups_per_batch
 
     @property

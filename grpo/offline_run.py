@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from tensordict import TensorDict
 
+from grpo.checkpoint import Checkpoint
 from grpo.objectives.offline import ranks_best_first, sequence_log_probs
 from grpo.offline_config import OfflineConfig
 from grpo.offline_trainer import OfflineTrainerPool, PolicyPool
@@ -77,6 +78,12 @@ class OfflineRun(Session):
         return {"accuracy": right / len(groups), "n": len(groups)}
 
     _test = _validate = evaluate
+
+    def _state(self) -> dict[str, TensorDict]:
+        return {}
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        """`progress` and the trainer's state are all there is."""
 
     @property
     def _fingerprint(self) -> str:

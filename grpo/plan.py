@@ -190,7 +190,8 @@ def make_plan(config: RunConfig) -> Plan:
         raise ConfigError(
             f"model.name ({name}) needs about {needed / 2**30:.1f} GiB of memory and {there / 2**30:.1f} GiB are free: "
             "use a smaller model, or lower env.num_envs or inference_model.max_tokens"
-            + (", or train.dialog_turns_per_batch" if config.mode == "sync" else ", or train.buffer_size") * (states > 0)
+            + (", or train.dialog_turns_per_batch" if config.mode == "sync" else ", or train.buffer_size")
+            * (states > 0)
         )
     cores = num_cores()
     busy = {role: count * (tensor_parallel if role == "inference" else 1) for role, count in roles.items()}

@@ -204,7 +204,7 @@ class AsyncRun(Run):
             self._pushed()
         if now.policy_version > 0:
             self.push(now.policy_version)
-        print(f"{len(self.admission.again)} groups that were in flight are sampled again")
+        print(f"{len(self.admission.again)} groups that were started and not trained on are sampled again")
 
     @property
     def _eval_seed(self) -> None:

@@ -92,10 +92,11 @@ class Session(ABC):
     def _judged(self, before: dict[str, float], after: dict[str, float]) -> str:
         """The line that a run ends with."""
 
+    @abstractmethod
     def _state(self) -> dict[str, TensorDict]:
         """Bring `progress` up to date for a checkpoint; returns the collections that belong to it."""
-        return {}
 
+    @abstractmethod
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Take up what of `checkpoint` is the run's own."""
 

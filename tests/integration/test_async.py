@@ -112,7 +112,7 @@ def test_a_prompt_is_trained_on_once_however_long_its_responses_are(model_path, 
 
         actor._deliver = keeping
 
-    varied = "inference_model.temperature=3", "inference_model.max_tokens=200"
+    varied = "inference_model.temperature=2", "inference_model.max_tokens=200"
     deadlines = "ray.timeout_s=60", "train.max_wall_time=240"  # after which the run raises
     config = compose("grpo_arithmetic", [*SMALL, *ASYNC, *varied, *deadlines, "train.max_staleness=1"])
     with build(config, tmp_path) as started:

@@ -204,7 +204,7 @@ def test_a_resumed_uniform_run_starts_what_was_never_trained_on():
     assert admission.choose([0, 2, 3]) is not None
     (unused,) = (i for i in (0, 2, 3) if admission.uses[i] == 0)
     state = admission.state
-    assert state == {"batch": 1, "first_batch": 0, "next_id": 4, "again": sorted([unused]) + [1]}
+    assert state == {"batch": 1, "first_batch": 0, "next_id": 4, "again": [unused, 1]}
     other = uniform()
     other.restore(**state)
     assert other.start() == [unused, 1]  # no more of this version can be in its last batch, the next

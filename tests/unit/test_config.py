@@ -151,6 +151,7 @@ BAD_VALUES = [
     (["inference_model.temperature=0"], "inference_model.temperature (0.0) must be above 0"),
     (["inference_model.temperature=-1"], "inference_model.temperature (-1.0) must be above 0"),
     (["inference_model.temperature=nan"], "inference_model.temperature (nan) must be above 0"),
+    (["inference_model.temperature=2.1"], "inference_model.temperature (2.1) must be at most 2 with backend=vllm"),
     (["inference_model.top_p=0"], "inference_model.top_p (0.0) must be in (0, 1]"),
     (["inference_model.top_p=1.1"], "inference_model.top_p (1.1) must be in (0, 1]"),
     (

@@ -86,9 +86,9 @@ def test_prompts_go_to_the_engine_that_has_least_to_sample(monkeypatch):
 
     assert feed(0, 1, 2, 3) == [[0, 2], [1, 3]]
     pool.sampled([0, 2])  # and neither graded nor trained on
-    assert feed(4, 5, 6) == [[4, 5], [6]]
-    pool.sampled([1, 3, 6])
-    assert feed(7, 8) == [[], [7, 8]]
+    assert feed(4, 5, 6, 7) == [[4, 5, 6], [7]]
+    pool.sampled([1, 3, 7])
+    assert feed(8, 9) == [[], [8, 9]]
 
 
 def test_threads_that_share_an_order_call_every_rank_in_the_same_one():
