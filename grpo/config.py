@@ -372,7 +372,7 @@ class RayConfig:
             self.heartbeat_timeout_s < self.timeout_s,
             "ray.heartbeat_timeout_s",
             self.heartbeat_timeout_s,
-            f"must be below ray.timeout_s ({self.timeout_s:g}), or whoever waits for a stopped actor gives up first",
+            f"must be below ray.timeout_s ({self.timeout_s:g}), or a stopped actor is not found out",
         )
         _at_least("ray", self, 80 << 20, "object_store_memory")
 

@@ -1,7 +1,10 @@
 """Actors that are killed, stopped, or dead at every start: runs go on by themselves, or say why they cannot."""
 
+import json
 import os
+import random
 import signal
+import statistics
 import sys
 from pathlib import Path
 from signal import SIGKILL, SIGSTOP
@@ -12,6 +15,7 @@ import pytest
 import grpo_async
 import grpo_sync
 import grpo_utils
+from benchmarks.machine import describe
 from grpo.checkpoint import newest
 from grpo.errors import ActorError
 from grpo.inference import InferenceActor
@@ -19,12 +23,40 @@ from grpo.launch import compose
 from grpo.leftovers import identity
 
 from .conftest import SMALL, Finished, same_weights
-from .faults import Fault, Faults
+from .faults import ROLES, Fault, Faults
 from .test_async import ASYNC, each_group_once
-from .test_resume import STEPS, TRANSFORMERS, Process, check_same
+from .test_resume import ROOT, STEPS, TRANSFORMERS, Process, check_same
 
 HEARTBEAT = "ray.heartbeat_timeout_s=2"
 DYING = "GRPO_TEST_DYING"  # names the file at whose presence DyingEngine dies
+
+
+# How often a run comes to a phase, at least.
+MOMENTS = {
+    "sync": {"generate": 3, "grade": 5, "reference": 3, "train": 12, "push": 3, "evaluate": 4, "save": 4},
+    "async": {"wait": 8, "train": 8, "push": 8, "evaluate": 2, "save": 3},
+}
+
+
+def run_sync_disturbed(run_dir: Path) -> Finished:
+    grpo_sync.main(compose("grpo_arithmetic", [*SMALL, *STEPS, TRANSFORMERS, HEARTBEAT]), run_dir)
+    return Finished(run_dir)
+
+
+def run_async_disturbed(run_dir: Path) -> Finished:
+    settings = [TRANSFORMERS, HEARTBEAT, "train.max_staleness=2", "train.checkpoint_frequency=2"]
+    grpo_async.main(compose("grpo_arithmetic", [*SMALL, *ASYNC, *settings]), run_dir)
+    return Finished(run_dir)
+
+
+def check_each_trained_once(run: Finished) -> None:
+    """Every prompt in one step, none of them too old, and each step in the metrics once."""
+    assert [row["step"] for row in run.metrics] == list(range(1, 9))
+    assert each_group_once(run, 64)
+    for line in run.rollouts:
+        version = run.metrics[line["step"] - 1]["policy_version"]
+        assert 0 <= version - min(line["token_versions"]) <= 2
+    assert run.summary["samples_trained"] == 512
 
 
 def test_a_synchronous_run_whose_actors_die_and_hang_ends_in_the_same_weights(run_sync, tmp_path, monkeypatch):
@@ -38,14 +70,9 @@ def test_a_synchronous_run_whose_actors_die_and_hang_ends_in_the_same_weights(ru
         ]
     )
     faults.install(monkeypatch)
-    grpo_sync.main(compose("grpo_arithmetic", [*SMALL, *STEPS, TRANSFORMERS, HEARTBEAT]), tmp_path)
-    run = Finished(tmp_path)
+    run = run_sync_disturbed(tmp_path)
     check_same(run, expected)
-    assert {role: run.summary["restarts"][role] for role in ("inference", "training", "reference")} == {
-        "inference": 1,
-        "training": 1,
-        "reference": 1,
-    }
+    assert run.summary["restarts"] == {"inference": 1, "training": 1, "grading": 1, "reference": 1}
     assert all(fault.struck_s is not None for fault in faults.faults)
 
 
@@ -59,15 +86,8 @@ def test_an_asynchronous_run_whose_actors_die_and_hang_trains_on_each_prompt_onc
         ]
     )
     faults.install(monkeypatch)
-    settings = [TRANSFORMERS, HEARTBEAT, "train.max_staleness=2", "train.checkpoint_frequency=2"]
-    grpo_async.main(compose("grpo_arithmetic", [*SMALL, *ASYNC, *settings]), tmp_path)
-    run = Finished(tmp_path)
-    assert [row["step"] for row in run.metrics] == list(range(1, 9))
-    assert each_group_once(run, 64)
-    for line in run.rollouts:
-        version = run.metrics[line["step"] - 1]["policy_version"]
-        assert 0 <= version - min(line["token_versions"]) <= 2
-    assert run.summary["samples_trained"] == 512
+    run = run_async_disturbed(tmp_path)
+    check_each_trained_once(run)
     assert run.summary["restarts"] == {"inference": 1, "collector": 1, "replay buffer": 1, "training": 1}
 
 
@@ -141,3 +161,61 @@ def test_two_runs_do_not_disturb_each_other_and_clean_up_behind_a_killed_one(run
     expected = run_sync(*STEPS, *one_collection)
     for name in runs:
         assert same_weights(Finished(tmp_path / name / "run"), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("mode", ["sync", "async"])
+@pytest.mark.parametrize("seed", range(5))
+def test_six_faults_at_random_moments(run_sync, tmp_path, monkeypatch, model_path, mode, seed):
+    """Sixty over the ten; recovery times by kind go to benchmarks/results/recovery.json."""
+    rng, moments = (
+        random.Random(f"{mode} {seed}"),
+        [(phase, i + 1) for phase, most in MOMENTS[mode].items() for i in range(most)],
+    )
+    roles = rng.sample(ROLES[mode], len(ROLES[mode]))
+    faults = Faults(
+        [
+            Fault(*moment, roles[i % len(roles)], (SIGKILL, SIGSTOP)[(i + seed) % 2])
+            for i, moment in enumerate(rng.sample(moments, 6))
+        ],
+        rng,
+    )
+    expected = run_sync(*STEPS, TRANSFORMERS) if mode == "sync" else None
+    faults.install(monkeypatch)
+    run = (run_sync_disturbed if mode == "sync" else run_async_disturbed)(tmp_path)
+    if mode == "sync":
+        check_same(run, expected)
+    else:
+        check_each_trained_once(run)
+    assert all(fault.struck_s is not None for fault in faults.faults)
+    record(mode, seed, faults.faults, run)
+
+
+def record(mode: str, seed: int, struck: list[Fault], run: Finished) -> None:
+    """Add a run's faults to benchmarks/results/recovery.json, which a table of their times by kind is made from."""
+    path = ROOT / "benchmarks" / "results" / "recovery.json"
+    told = json.loads(path.read_text()) if path.is_file() else {"runs": {}}
+    told["runs"][f"{mode} {seed}"] = {
+        "faults": [
+            {
+                "role": fault.role,
+                "signal": fault.signal.name,
+                "phase": fault.phase,
+                "recovery_s": None if fault.recovery_s is None else round(fault.recovery_s, 1),
+            }
+            for fault in struck
+        ],
+        "restarts": run.summary["restarts"],
+    }
+    times: dict[str, list[float]] = {}
+    for name, its in told["runs"].items():
+        for fault in its["faults"]:
+            if fault["recovery_s"] is not None:
+                times.setdefault(f"{name.split()[0]} {fault['role']} {fault['signal']}", []).append(fault["recovery_s"])
+    told["recovery_s"] = {
+        kind: {"faults": len(its), "median": round(statistics.median(its), 1), "longest": max(its)}
+        for kind, its in sorted(times.items())
+    }
+    told["machine"] = describe()
+    path.write_text(json.dumps(told, indent=1) + "\n")

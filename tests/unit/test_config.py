@@ -210,6 +210,12 @@ BAD_VALUES = [
     (["ray.start_timeout_s=0"], "ray.start_timeout_s (0.0) must be at least 1"),
     (["ray.timeout_s=0.5"], "ray.timeout_s (0.5) must be at least 1"),
     (["ray.timeout_s=inf"], "ray.timeout_s (inf) must be at least 1"),
+    (["ray.max_restarts=-1"], "ray.max_restarts (-1) must be at least 0"),
+    (["ray.min_engines=2"], "ray.min_engines (2) must be at most inference_model.num_devices (1)"),
+    (
+        ["ray.timeout_s=20"],
+        "ray.heartbeat_timeout_s (30.0) must be below ray.timeout_s (20), or a stopped actor is not found out",
+    ),
     (["ray.object_store_memory=1000"], "ray.object_store_memory (1000) must be at least 83886080"),
     (["train.logging_frequency=0"], "train.logging_frequency (0) must be at least 1"),
     (["mode=offline"], "mode (offline) must be one of sync, async"),
