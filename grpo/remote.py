@@ -140,7 +140,7 @@ def wait_until_back(actor: ActorHandle, name: str, timeout_s: float) -> None:
         except ActorUnavailableError:
             time.sleep(BACK_S)
         except RayActorError as error:
-            raise ActorError(f"{name} died while {doing}: {_reason(error)}", name, last_lines(error)) from None
+            raise ActorError(f"{name} died while {doing}: {_reason(error)}", name, last_lines(error), died=True) from None
         except GetTimeoutError:
             pass
         if time.monotonic() > deadline:
@@ -153,11 +153,11 @@ def wait_until_back(actor: ActorHandle, name: str, timeout_s: float) -> None:
 def _reason(error: RayActorError) -> str:
     """Why the actor died, without Ray's list of what may be the cause of any death."""
     if not isinstance(error, ActorDiedError):
-        return type(error).__name__
+        return "its process is gone"
     text = one_line(error)
-    found = re.search(r"Worker exit detail: (.*)|The actor is dead because (.*)", text)
-    text = next(filter(None, found.groups())) if found else text
-    return re.split(r" (?:Some common causes include|There are some potential root causes)", text)[0][:400]
+    found = re.search(r"Worker exit detail: (.*)", text) or re.search(r"The actor is dead because (.*)", text)
+    text = found.group(1) if found else text
+    return re.split(r" (?:Some common causes include|There are some potential root causes)", text)[0].rstrip(".")[:400]
 
 
 def last_lines(error: RayActorError) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ from grpo.config import RayConfig
 from grpo.errors import ActorError
 from grpo.leftovers import marked
 from grpo.preemption import REQUEST, Preempted, listen
-from grpo.remote import ask, get, wait_until_back
+from grpo.remote import ask, get_all, wait_until_back
 
 BUSY = 0.2  # of a core: a process that computes this much is not dead, though it may hold Python's lock
 
@@ -130,8 +130,11 @@ class Supervisor:
         while True:
             try:
                 wait_until_back(actor, name, timeout_s)
-                self.tell(name, str(error))
-                get(start.remote(), timeout_s, name, "starting", key)
+            except ActorError as gone:
+                raise ActorError(str(error if gone.died else gone), name, gone.log) from None
+            self.tell(name, str(error))
+            try:
+                get_all({name: start.remote()}, timeout_s, "starting", key)
                 for step in steps:
                     step()
                 return

@@ -267,7 +267,7 @@ def test_a_bad_value_is_refused_with_its_key_value_and_rule(overrides, message):
         "train.kl_to_ref_coeff=0",
         "optimizer.betas=[0,0]",
         "optimizer.warmup_steps=0",
-        "ray.timeout_s=1",
+        "ray.heartbeat_timeout_s=1",
         "train.buffer_size=512",
         "env.reward_fn=some/where.py:score",
         "train.gradient_accumulation_steps=512",
