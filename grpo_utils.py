@@ -5,7 +5,7 @@ starts.
 """
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -106,12 +106,15 @@ def build(config: RunConfig, run_dir: Path, supervisor: Supervisor | None = None
             )
             closing.callback(_end_background, make_run.keywords["background"])
         else:
-            buffer, collectors = start_collectors(config, model, data["train"], actors, references, supervisor)
+            buffer, collectors, start_collector = start_collectors(
+                config, model, data["train"], actors, references, supervisor
+            )
             watched |= {BUFFER: buffer} | collectors
             make_run = partial(
                 AsyncRun,
                 buffer=buffer,
                 collectors=collectors,
+                start_collector=start_collector,
                 stream=stream,
                 sampling=sampling(config),
                 admission=make_admission(config),
@@ -283,7 +286,7 @@ def reviving(supervisor: Supervisor, push: WeightPush) -> Revive:
     """How an engine that has died comes back in its place, with the weights of the last push if it is to have them."""
 
     def revive(name: str, actor: ActorHandle, error: ActorError, load: bool) -> None:
-        supervisor.bring_back(name, actor, error, actor.start, partial(push.repeat, name, load))
+        supervisor.bring_back(name, actor, error, actor.start.remote, partial(push.repeat, name, load))
 
     return revive
 
@@ -322,8 +325,8 @@ def start_collectors(
     engines: list[ActorHandle],
     references: list[ActorHandle],
     supervisor: Supervisor,
-) -> tuple[ActorHandle, dict[str, ActorHandle]]:
-    """The replay buffer's actor, and a collector beside each engine, by the names that errors use.
+) -> tuple[ActorHandle, dict[str, ActorHandle], Callable[[ActorHandle], ObjectRef]]:
+    """The replay buffer's actor, a collector beside each engine, by the names that errors use, and what starts one again.
 
     The buffer is started by TorchRL's `as_remote`, not as its RayReplayBuffer, whose calls have no deadline.
     """
@@ -333,10 +336,14 @@ def start_collectors(
     start = ray.remote(**resources, max_concurrency=3)(CollectorActor)
     lives = [supervisor.left(name) for name in named("collector", engines)]
     actors = [
-        start.options(max_restarts=left).remote(config, model, shared, engine, name, references, buffer)
+        start.options(max_restarts=left).remote(config, model, engine, name, references, buffer)
         for engine, name, left in zip(engines, names, lives, strict=True)
     ]
     collectors = named("collector", actors)
-    starting = {name: actor.start.remote() for name, actor in collectors.items()} | {BUFFER: buffer.look.remote()}
+
+    def start_collector(actor: ActorHandle) -> ObjectRef:
+        return actor.start.remote(shared)
+
+    starting = {name: start_collector(actor) for name, actor in collectors.items()} | {BUFFER: buffer.look.remote()}
     get_all(starting, config.ray.start_timeout_s, "starting", "ray.start_timeout_s")
-    return buffer, collectors
+    return buffer, collectors, start_collector

@@ -68,22 +68,21 @@ class CollectorActor:
         self,
         config: RunConfig,
         model: str,
-        data: EncodedProblems,
         engine: ActorHandle,
         engine_name: str,
         references: list[ActorHandle],
         buffer: ActorHandle,
     ) -> None:
-        self.config, self.model, self.data = config, model, data
+        self.config, self.model = config, model
         self.engine, self.engine_name, self.references, self.buffer = engine, engine_name, references, buffer
         self.sampled, self.ended = Waiting(), Event()
         self.lanes: list[tuple[BackgroundEnv, Finish]] = []
         self.in_hand: set[int] = set()  # groups that were taken and are not in the buffer
 
-    def start(self) -> int:
-        """Start the grading processes; returns the process id."""
+    def start(self, data: EncodedProblems) -> int:
+        """Start the grading processes; returns the process id. `data`: the training problems."""
         torch.set_num_threads(1)
-        config, env = self.config, self.config.env
+        config, env, self.data = self.config, self.config.env, data
         self.stream = PromptStream(len(self.data.problems), config.seed)
         tokenizer = load_tokenizer(self.model)
         reference = None

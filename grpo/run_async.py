@@ -9,8 +9,9 @@ What may be started and what is trained on next is decided in one place, grpo/ad
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 from ray import ObjectRef
 from ray.actor import ActorHandle
@@ -36,6 +37,7 @@ POLL_S = 0.01  # between two looks into the buffer
 class AsyncRun(Run):
     buffer: ActorHandle
     collectors: dict[str, ActorHandle]  # by the names that errors use
+    start_collector: Callable[[ActorHandle], ObjectRef]
     stream: PromptStream
     sampling: Sampling
     admission: Admission
@@ -117,7 +119,7 @@ class AsyncRun(Run):
     def _collect_again(self, name: str, error: ActorError) -> ObjectRef:
         """For `get_all`: start a collector again that has died."""
         actor = self.collectors[name]
-        self.supervisor.bring_back(name, actor, error, actor.start)
+        self.supervisor.bring_back(name, actor, error, partial(self.start_collector, actor))
         self.supervisor.fallen.add(name)  # with what it had
         return actor.run.remote()
 

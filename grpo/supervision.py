@@ -7,7 +7,9 @@ An actor answers heartbeats from a thread of its own, so a long step is no silen
 is counted here; that a run goes on exactly is the checkpoint's doing.
 """
 
+import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -18,7 +20,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
@@ -29,8 +30,6 @@ from grpo.errors import ActorError
 from grpo.leftovers import marked
 from grpo.preemption import REQUEST, Preempted, listen
 from grpo.remote import ask, get_all, wait_until_back
-
-BUSY = 0.2  # of a core: a process that computes this much is not dead, though it may hold Python's lock
 
 
 def supervised(
@@ -121,7 +120,14 @@ class Supervisor:
         self.counts[error.actor] += 1
         return f"restart {self.counts[error.actor]} of at most {self.most}{where}"
 
-    def bring_back(self, name: str, actor: ActorHandle, error: ActorError, start: Any, *steps: Callable[[], None]) -> None:
+    def bring_back(
+        self,
+        name: str,
+        actor: ActorHandle,
+        error: ActorError,
+        start: Callable[[], ObjectRef],
+        *steps: Callable[[], None],
+    ) -> None:
         """Wait until Ray has started an actor again that has died, have it `start`, and take the further `steps` with it.
 
         Raises ActorError where Ray does so no more.
@@ -134,7 +140,7 @@ class Supervisor:
                 raise ActorError(str(error if gone.died else gone), name, gone.log) from None
             self.tell(name, str(error))
             try:
-                get_all({name: start.remote()}, timeout_s, "starting", key)
+                get_all({name: start()}, timeout_s, "starting", key)
                 for step in steps:
                     step()
                 return
@@ -189,9 +195,8 @@ class Watched:
     actor: ActorHandle
     call: ObjectRef
     pid: int | None = None
-    process: psutil.Process | None = None  # where it runs on this machine
-    silent_s: float = 0.0  # since the last answer
-    worked_s: float = 0.0  # processor seconds by then
+    pid_here: int | None = None  # the same where it runs on this machine
+    silent_s: float = 0.0  # since the last answer, but for those in which it worked
 
 
 class Watch:
@@ -219,8 +224,9 @@ class Watch:
             if ray.wait([watched.call], timeout=0)[0]:
                 self._hear(name, watched)
                 continue
-            watched.silent_s += passed_s
-            if watched.silent_s >= self.timeout_s and not self._is_busy(watched):
+            if not is_at_work(watched.pid_here):
+                watched.silent_s += passed_s
+            if watched.silent_s >= self.timeout_s:
                 self._kill(name, watched)
 
     def _hear(self, name: str, watched: Watched) -> None:
@@ -228,23 +234,15 @@ class Watch:
         try:
             pid, node = ray.get(watched.call)
         except ActorUnavailableError:  # Ray starts it again
-            watched.process, watched.call = None, ask(watched.actor)
+            watched.pid_here, watched.call = None, ask(watched.actor)
             return
         except RayActorError:
             del self.watched[name]  # whoever calls it is told so
             return
         if watched.pid not in (None, pid):
             self.restarted(name)
-        if pid != watched.pid or watched.process is None:
-            watched.pid, here = pid, node == ray.get_runtime_context().get_node_id()
-            with suppress(psutil.NoSuchProcess):
-                watched.process = psutil.Process(pid) if here else None
-        watched.worked_s = 0.0 if watched.process is None else _worked_s(watched.process)
+        watched.pid, watched.pid_here = pid, pid if node == ray.get_runtime_context().get_node_id() else None
         watched.call = ask(watched.actor)
-
-    def _is_busy(self, watched: Watched) -> bool:
-        """Whether it computes: a library may hold Python's lock for long, and calls have deadlines of their own."""
-        return watched.process is not None and _worked_s(watched.process) - watched.worked_s > BUSY * watched.silent_s
 
     def _kill(self, name: str, watched: Watched) -> None:
         print(
@@ -252,17 +250,21 @@ class Watch:
             file=sys.stderr,
         )
         watched.silent_s = 0.0
-        if watched.process is None:
+        if watched.pid_here is None:
             ray.kill(watched.actor, no_restart=False)
             return
-        with suppress(psutil.NoSuchProcess):
-            watched.process.kill()
+        with suppress(ProcessLookupError):
+            os.kill(watched.pid_here, signal.SIGKILL)
 
 
-def _worked_s(process: psutil.Process) -> float:
-    """Processor seconds; 0 where it is gone."""
-    try:
-        times = process.cpu_times()
-    except psutil.NoSuchProcess:
-        return 0.0
-    return times.user + times.system
+def is_at_work(pid: int | None) -> bool:
+    """Whether a thread of the process computes, or waits for a core or a disk to: calls have deadlines of their own.
+
+    It may hold Python's lock for long, or share its cores with too many others. One that is stopped is not at work, and
+    neither is one that waits for ever.
+    """
+    for task in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with suppress(OSError):
+            if task.read_text().rpartition(")")[2].split()[0] in "RD":
+                return True
+    return False

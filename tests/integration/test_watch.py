@@ -87,7 +87,7 @@ def test_long_work_is_no_silence_and_a_stopped_process_is_killed_and_started_aga
         with pytest.raises(ActorError, match=r"^the sleeping actor died while working: its process is gone$") as error:
             get(call, 60, "the sleeping actor", "working")
         assert time.monotonic() - stopped < TIMEOUT_S + 10
-        supervisor.bring_back("SleepingLoop", actors["SleepingLoop"], error.value, actors["SleepingLoop"].pid)
+        supervisor.bring_back("SleepingLoop", actors["SleepingLoop"], error.value, actors["SleepingLoop"].pid.remote)
         assert supervisor.restarts == {"SleepingLoop": 1}
         said = capsys.readouterr().err
         assert "SleepingLoop did not answer for 2 s (ray.heartbeat_timeout_s) and is ended" in said
@@ -99,10 +99,10 @@ def test_long_work_is_no_silence_and_a_stopped_process_is_killed_and_started_aga
             with pytest.raises(ActorError) as error:
                 get(actors["Sleeping"].die.remote(), 60, "Sleeping", "dying")
             if not error.value.log:
-                supervisor.bring_back("Sleeping", actors["Sleeping"], error.value, actors["Sleeping"].pid)
+                supervisor.bring_back("Sleeping", actors["Sleeping"], error.value, actors["Sleeping"].pid.remote)
         assert "my last words" in error.value.log
         with pytest.raises(ActorError, match=r"^Sleeping died while dying: "):
-            supervisor.bring_back("Sleeping", actors["Sleeping"], error.value, actors["Sleeping"].pid)
+            supervisor.bring_back("Sleeping", actors["Sleeping"], error.value, actors["Sleeping"].pid.remote)
     assert supervisor.counts == {"SleepingLoop": 1, "Sleeping": 1}
 
 

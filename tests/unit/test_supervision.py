@@ -1,6 +1,11 @@
 """Who is started again, how often, and what is said in the end; which silence is a death."""
 
+import os
 import pickle
+import signal
+import subprocess
+import sys
+import time
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -11,7 +16,7 @@ from grpo import supervision
 from grpo.config import RayConfig
 from grpo.errors import ActorError
 from grpo.preemption import REQUEST, Preempted
-from grpo.supervision import Supervisor, Watch, role, supervised
+from grpo.supervision import Supervisor, Watch, is_at_work, role, supervised
 
 
 def died(actor: str = "inference actor 1", log: tuple[str, ...] = ()) -> ActorError:
@@ -115,30 +120,40 @@ def test_an_actor_that_dies_while_the_run_is_asked_to_end_is_not_started_again(c
     assert REQUEST.reason is None
 
 
-class Silent:
-    """A process in which nothing answers; what it has computed is told."""
-
-    def __init__(self, worked_s: float) -> None:
-        self.worked_s, self.killed = worked_s, False
-
-    def cpu_times(self):
-        return SimpleNamespace(user=self.worked_s, system=0.0)
-
-    def kill(self) -> None:
-        self.killed = True
-
-
-@pytest.mark.parametrize(("worked_s", "killed"), [(0.5, True), (5.0, False)])
-def test_silence_is_a_death_where_nothing_is_computed(monkeypatch, worked_s, killed, capsys):
+@pytest.mark.parametrize(("at_work", "killed"), [(False, True), (True, False)])
+def test_silence_is_a_death_where_nothing_works(monkeypatch, at_work, killed, capsys):
     monkeypatch.setattr(supervision, "ask", lambda actor: actor)
     monkeypatch.setattr(ray, "wait", lambda calls, timeout: ([], calls))
+    monkeypatch.setattr(supervision, "is_at_work", lambda pid: at_work)
+    struck = []
+    monkeypatch.setattr(supervision.os, "kill", lambda *arguments: struck.append(arguments))
     watch = Watch({"the training actor": "call"}, 10.0, print)
-    watched, process = watch.watched["the training actor"], Silent(worked_s)
-    watched.process = process
+    watch.watched["the training actor"].pid_here = 4711
     assert watch.interval_s == 1.25
     for _ in range(8):
-        assert not process.killed
+        assert not struck
         watch.look(1.25)
-    watch.look(1.25)  # dead or busy, it is not told twice
-    assert process.killed == killed
+    watch.look(1.25)  # it is not killed twice
+    assert struck == ([(4711, signal.SIGKILL)] if killed else [])
     assert ("did not answer for 10 s" in capsys.readouterr().err) == killed
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="threads are looked for in /proc")
+@pytest.mark.parametrize(
+    ("code", "number", "expected"),
+    [("pow(3, 10**9)", None, True), ("time.sleep(60)", None, False), ("pow(3, 10**9)", signal.SIGSTOP, False)],
+)
+def test_a_process_is_at_work_while_it_computes(code, number, expected):
+    process = subprocess.Popen([sys.executable, "-c", f"import time; print(1, flush=True); {code}"], stdout=subprocess.PIPE)
+    try:
+        process.stdout.readline()
+        if number:
+            process.send_signal(number)
+        deadline = time.monotonic() + 5
+        while is_at_work(process.pid) != expected and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert is_at_work(process.pid) == expected
+    finally:
+        process.kill()
+        process.wait()
+    assert not is_at_work(process.pid) and not is_at_work(None)
