@@ -52,10 +52,23 @@ def get(call: Any, timeout_s: float, actor: str, doing: str, key: str = "ray.tim
 
 
 def get_done(calls: dict[str, ObjectRef], doing: str, again: Again | None = None) -> dict[str, ObjectRef]:
-    """Raise what any of several actors' calls that are over ended with; returns those that go on. Waits for nothing."""
+    """Raise what any of several actors' calls that are over ended with; returns those that go on. Waits for nothing.
+
+    With `again` a call whose actor has died is replaced, or left out.
+    """
     done, running = ray.wait(list(calls.values()), num_returns=len(calls), timeout=0) if calls else ([], [])
-    get_all({actor: call for actor, call in calls.items() if call in done}, LOOK_S, doing, again=again)
-    return {actor: call for actor, call in calls.items() if call in running}
+    going = {actor: call for actor, call in calls.items() if call in running}
+    for actor, call in calls.items():
+        if call not in done:
+            continue
+        try:
+            get(call, LOOK_S, actor, doing)
+        except ActorError as error:
+            if again is None or not error.died or error.actor != actor:
+                raise
+            if (replaced := again(actor, error)) is not None:
+                going[actor] = replaced
+    return going
 
 
 def get_all(

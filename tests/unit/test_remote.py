@@ -7,7 +7,7 @@ from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 
 from grpo import remote
 from grpo.errors import ActorError, PushError, Restarted
-from grpo.remote import get, get_all, last_lines
+from grpo.remote import get, get_all, get_done, last_lines
 
 DIED = (
     "The actor died unexpectedly before finishing this task.\n\tclass_name: TrainerActor\n\tpid: 4711\n\tip: 127.0.0.1\n"
@@ -97,6 +97,17 @@ def test_a_call_whose_actor_died_is_replaced_in_its_place_or_left_out():
     assert list(asked) == ["a", "b"]
     with pytest.raises(ActorError, match=r"^a died while answering: its process is gone$"):
         get_all(calls(), 1.0, "answering")
+
+
+def test_calls_that_are_over_are_heard_and_a_replaced_one_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(remote.ray, "wait", lambda calls, num_returns, timeout: (calls[:2], calls[2:]))
+    going, forever = Call("goes on"), Call(GetTimeoutError())
+    calls = {"a": Call("over"), "b": Call(ActorUnavailableError("gone", None)), "c": going}
+    assert get_done(calls, "collecting", lambda actor, error: forever) == {"b": forever, "c": going}
+    assert get_done(calls, "collecting", lambda actor, error: None) == {"c": going}
+    with pytest.raises(ActorError, match=r"^b died while collecting"):
+        get_done(calls, "collecting")
+    assert get_done({}, "collecting") == {}
 
 
 def test_a_late_actor_is_not_asked_again():
