@@ -325,7 +325,7 @@ def start_collectors(
     engines: list[ActorHandle],
     references: list[ActorHandle],
     supervisor: Supervisor,
-) -> tuple[ActorHandle, dict[str, ActorHandle], Callable[[ActorHandle], ObjectRef]]:
+) -> tuple[ActorHandle, dict[str, ActorHandle], Callable[[str], ObjectRef]]:
     """The replay buffer's actor, a collector beside each engine, by the names that errors use, and what starts one again.
 
     The buffer is started by TorchRL's `as_remote`, not as its RayReplayBuffer, whose calls have no deadline.
@@ -335,15 +335,13 @@ def start_collectors(
     shared, names = ray.put(data), list(named("inference", engines))
     start = ray.remote(**resources, max_concurrency=3)(CollectorActor)
     lives = [supervisor.left(name) for name in named("collector", engines)]
-    actors = [
-        start.options(max_restarts=left).remote(config, model, engine, name, references, buffer)
-        for engine, name, left in zip(engines, names, lives, strict=True)
-    ]
+    actors = [start.options(max_restarts=left).remote(config, model, name) for name, left in zip(names, lives, strict=True)]
     collectors = named("collector", actors)
+    engine_of = dict(zip(collectors, engines, strict=True))
 
-    def start_collector(actor: ActorHandle) -> ObjectRef:
-        return actor.start.remote(shared)
+    def start_collector(name: str) -> ObjectRef:
+        return collectors[name].start.remote(shared, engine_of[name], references, buffer)
 
-    starting = {name: start_collector(actor) for name, actor in collectors.items()} | {BUFFER: buffer.look.remote()}
+    starting = {name: start_collector(name) for name in collectors} | {BUFFER: buffer.look.remote()}
     get_all(starting, config.ray.start_timeout_s, "starting", "ray.start_timeout_s")
     return buffer, collectors, start_collector

@@ -64,30 +64,25 @@ class BackgroundEnv(PromptEnv):
 class CollectorActor:
     """A Ray actor beside one engine, called `engine_name` in errors."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        model: str,
-        engine: ActorHandle,
-        engine_name: str,
-        references: list[ActorHandle],
-        buffer: ActorHandle,
-    ) -> None:
-        self.config, self.model = config, model
-        self.engine, self.engine_name, self.references, self.buffer = engine, engine_name, references, buffer
+    def __init__(self, config: RunConfig, model: str, engine_name: str) -> None:
+        self.config, self.model, self.engine_name = config, model, engine_name
         self.sampled, self.ended = Waiting(), Event()
         self.lanes: list[tuple[BackgroundEnv, Finish]] = []
         self.in_hand: set[int] = set()  # groups that were taken and are not in the buffer
 
-    def start(self, data: EncodedProblems) -> int:
-        """Start the grading processes; returns the process id. `data`: the training problems."""
+    def start(self, data: EncodedProblems, engine: ActorHandle, references: list[ActorHandle], buffer: ActorHandle) -> int:
+        """Start the grading processes; returns the process id. `data`: the training problems.
+
+        What is held by reference is not for the constructor: Ray does not promise to have it where it starts one again.
+        """
         torch.set_num_threads(1)
         config, env, self.data = self.config, self.config.env, data
+        self.engine, self.buffer = engine, buffer
         self.stream = PromptStream(len(self.data.problems), config.seed)
         tokenizer = load_tokenizer(self.model)
         reference = None
-        if self.references:
-            reference = ReferencePool(self.references, config.ray.timeout_s, "reference", Lock())
+        if references:
+            reference = ReferencePool(references, config.ray.timeout_s, "reference", Lock())
         self.closing = ExitStack()
         for _ in range(env.grading_processes):
             grading = self.closing.enter_context(grading_pool(env, num_workers=1))

@@ -37,7 +37,7 @@ POLL_S = 0.01  # between two looks into the buffer
 class AsyncRun(Run):
     buffer: ActorHandle
     collectors: dict[str, ActorHandle]  # by the names that errors use
-    start_collector: Callable[[ActorHandle], ObjectRef]
+    start_collector: Callable[[str], ObjectRef]
     stream: PromptStream
     sampling: Sampling
     admission: Admission
@@ -119,7 +119,7 @@ class AsyncRun(Run):
     def _collect_again(self, name: str, error: ActorError) -> ObjectRef:
         """For `get_all`: start a collector again that has died."""
         actor = self.collectors[name]
-        self.supervisor.bring_back(name, actor, error, partial(self.start_collector, actor))
+        self.supervisor.bring_back(name, actor, error, partial(self.start_collector, name))
         self.supervisor.fallen.add(name)  # with what it had
         return actor.run.remote()
 

@@ -61,13 +61,13 @@ def test_nothing_is_looked_at_while_nothing_died(run):
 def test_a_collector_that_died_is_started_collects_again_and_what_it_had_is_looked_for(run):
     told = []
     run.supervisor = SimpleNamespace(bring_back=lambda *arguments: told.append(arguments), fallen=set())
-    run.start_collector = lambda actor: ("started", actor)
+    run.start_collector = lambda name: f"{name} started"
     collector = run.collectors["the collector actor"]
     collector.run = SimpleNamespace(remote=lambda: "collecting")
     error = ActorError("it died", "the collector actor", died=True)
     assert run._collect_again("the collector actor", error) == "collecting"
     ((name, actor, reason, start),) = told
-    assert (name, actor, reason, start()) == ("the collector actor", collector, error, ("started", collector))
+    assert (name, actor, reason, start()) == ("the collector actor", collector, error, "the collector actor started")
     assert run.supervisor.fallen == {"the collector actor"}
 
 
