@@ -57,6 +57,7 @@ bench: setup .venv-peers/installed ## the figures of README.md, written to bench
 	$(BIN)/python -m benchmarks.grading
 	$(BIN)/python -m benchmarks.transport
 	$(BIN)/python -m benchmarks.overlap
+	$(BIN)/python -m benchmarks.throughput
 	$(BIN)/python -m benchmarks.learning
 
 .venv-peers/installed: benchmarks/requirements_peers.txt

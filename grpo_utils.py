@@ -229,7 +229,16 @@ def start_models(
     engines = start("inference", InferenceActor, engine_environment(spec), spec)
     precision, products = config.train.mixed_precision, config.model.matmul_precision
     references = start(
-        "reference", ReferenceActor, {}, model, attention, plan.device, inference.temperature, precision, products
+        "reference",
+        ReferenceActor,
+        {},
+        model,
+        attention,
+        plan.device,
+        inference.temperature,
+        precision,
+        products,
+        config.reference_in_four_bits,
     )
     train_device = "cpu" if plan.device == "mps" else plan.device  # FSDP2 has no backend for mps
     trainer_spec = TrainerSpec(

@@ -23,6 +23,14 @@ from benchmarks.subjects import configuration
 from grpo.config import RunConfig
 from grpo.plan import Plan, make_plan
 
+RESPONSES = 32  # a step; two prompts in flight make generation about as long as training
+SMALL = [
+    "env.num_envs=2",
+    f"train.dialog_turns_per_batch={RESPONSES}",
+    f"train.optim_batch_size={RESPONSES}",
+    "train.gradient_accumulation_steps=2",
+]
+
 
 def bind(actors: list, core: int) -> None:
     """Have each actor's process run on `core` alone."""
@@ -72,6 +80,8 @@ def main() -> None:
         "env.test_size=8",
         "env.validation_size=8",
         f"inference_model.max_tokens={arguments.max_tokens}",
+        *SMALL,
+        f"train.total_dialog_turns={arguments.steps * RESPONSES}",
         *arguments.overrides,
     ]
     runs = {

@@ -30,7 +30,7 @@ SETTINGS: dict[str, tuple[str, list[str]]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--samples", type=int, default=30_720, help="responses a run")
+    parser.add_argument("--samples", type=int, default=20_480, help="responses a run")
     arguments = parser.parse_args()
     common = [
         f"train.total_dialog_turns={arguments.samples}",

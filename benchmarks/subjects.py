@@ -45,18 +45,18 @@ def model_path(config: RunConfig) -> str:
     return builtin.resolve(config.model.name, config.model.cache_dir)
 
 
-def random_model() -> Path:
-    """The directory of the 50M-parameter model; made on first use.
+def random_model(name: str = "random50m", hidden: int = 512, layers: int = 12, words: int = VOCABULARY) -> Path:
+    """The directory of a Qwen2 of random parameters, 50M of them by default; made on first use.
 
     Its end-of-sequence id is one past the vocabulary, so that no response ends before its token budget. The characters of
     the built-in tokenizer are its first tokens; the rest are made-up words that random sampling writes.
     """
-    path = CACHE / "random50m"
+    path = CACHE / name
     if path.is_dir():
         return path
     base = builtin.make_tokenizer()
     vocabulary = dict(sorted(base.get_vocab().items(), key=lambda item: item[1]))
-    vocabulary |= {f"w{i}": i for i in range(len(vocabulary), VOCABULARY)}
+    vocabulary |= {f"w{i}": i for i in range(len(vocabulary), words)}
     tokenizer = Qwen2Tokenizer(
         vocab=vocabulary,
         merges=[],
@@ -65,15 +65,15 @@ def random_model() -> Path:
         pad_token="<|pad|>",
         additional_special_tokens=["<|end|>", "<|user|>", "<|assistant|>"],
     )
-    assert tokenizer.eos_token_id == VOCABULARY, tokenizer.eos_token_id
+    assert tokenizer.eos_token_id == words, tokenizer.eos_token_id
     tokenizer.chat_template = builtin.CHAT_TEMPLATE
     config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=512,
-        num_hidden_layers=12,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        intermediate_size=1728,
+        vocab_size=words,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 128 or 1,
+        intermediate_size=hidden * 27 // 8,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,

@@ -58,7 +58,8 @@ def train_all(name: str, jobs: list[tuple[dict, str, list[str]]], metrics: tuple
         found.append(run or labels | {"commit": describe()["commit"]} | train(script, *overrides, metrics=metrics))
         if run is None:
             RESULTS.mkdir(exist_ok=True)
-            path.write_text(json.dumps({"machine": describe(), "runs": found}, indent=2) + "\n")
+            kept[found[-1]["command"]] = found[-1]
+            path.write_text(json.dumps({"machine": describe(), "runs": list(kept.values())}, indent=2) + "\n")
             print(f"{i + 1} of {len(jobs)}: {labels}: {found[-1]['eval']['after']['accuracy']:.1%} after", flush=True)
     return found
 

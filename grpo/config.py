@@ -148,12 +148,27 @@ class LoraConfig:
 
 
 @dataclass
+class QuantizationConfig:
+    """4 bits a weight, in the linear layers of a model that does not change (bitsandbytes' NF4)."""
+
+    enabled: bool = False
+
+
+@dataclass
+class RefQuantizationConfig:
+    """The same of the reference."""
+
+    enabled: bool | None = None  # null: as the policy's base, so that a policy still at its reference has KL 0
+
+
+@dataclass
 class TrainModelConfig:
     """The policy being trained."""
 
     num_devices: int = 1  # FSDP2 ranks: GPUs, or processes on a CPU
     gradient_checkpointing: bool = False  # recompute each layer's activations in the backward pass: slower, far less memory
     lora: LoraConfig = field(default_factory=LoraConfig)
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)  # of the base that adapters train on
 
     def __post_init__(self) -> None:
         _at_least("train_model", self, 1, "num_devices")
@@ -166,6 +181,7 @@ class RefModelConfig:
     # Processes that share the batch. 0: the training ranks score it with their adapters off. null: 0 with LoRA in sync mode,
     # else 1.
     num_devices: int | None = None
+    quantization: RefQuantizationConfig = field(default_factory=RefQuantizationConfig)
 
     def __post_init__(self) -> None:
         if self.num_devices is not None:
@@ -331,7 +347,8 @@ class TrainConfig:
 class OptimizerConfig:
     """The optimiser and its schedule: a linear ramp, then constant."""
 
-    name: str = "adamw"  # adamw_offload: weights, gradients and states in shards in the CPU's memory, stepped there
+    # adamw_offload: weights, gradients and states in the CPU's memory, stepped there; adamw_8bit: states of 8 bits.
+    name: str = "adamw"
     lr: float = 1e-6
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.99)
@@ -339,7 +356,7 @@ class OptimizerConfig:
     clip_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        _one_of("optimizer.name", self.name, ("adamw", "adamw_offload", "adam", "sgd"))
+        _one_of("optimizer.name", self.name, ("adamw", "adamw_offload", "adamw_8bit", "adam", "sgd"))
         _check(self.lr > 0 and math.isfinite(self.lr), "optimizer.lr", self.lr, "must be above 0")
         _at_least("optimizer", self, 0, "weight_decay", "warmup_steps")
         _check(self.clip_grad_norm > 0, "optimizer.clip_grad_norm", self.clip_grad_norm, "must be above 0")
@@ -465,6 +482,20 @@ class RunConfig:
             "ref_model.num_devices",
             self.ref_model.num_devices,
             "must be at least 1 without train_model.lora.enabled=true, which alone keeps the reference in the policy",
+        )
+        of_policy, of_reference = self.train_model.quantization.enabled, self.ref_model.quantization.enabled
+        _check(
+            not of_policy or self.train_model.lora.enabled,
+            "train_model.quantization.enabled",
+            of_policy,
+            "needs train_model.lora.enabled=true: weights of 4 bits do not train, adapters on them do",
+        )
+        _check(
+            of_reference in (None, of_policy) or self.num_references > 0 or not self.uses_reference,
+            "ref_model.quantization.enabled",
+            of_reference,
+            f"needs ref_model.num_devices of at least 1, or train_model.quantization.enabled={str(of_reference).lower()}: "
+            "the reference is the policy without its adapters",
         )
         _check(
             train.kl_coef_in_loss or not self.diverges or self.objective.divergence in ("k1", "k2", "k3"),
@@ -599,6 +630,11 @@ class RunConfig:
             return 0
         default = 0 if self.train_model.lora.enabled and self.mode == "sync" else 1
         return default if self.ref_model.num_devices is None else self.ref_model.num_devices
+
+    @property
+    def reference_in_four_bits(self) -> bool:
+        own = self.ref_model.quantization.enabled
+        return self.train_model.quantization.enabled if own is None else own
 
     @property
     def kl_in_reward(self) -> float:

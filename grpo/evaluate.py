@@ -118,10 +118,7 @@ def configure(arguments: dict[str, str], overrides: dict[str, str]) -> tuple[Run
         config = read_config(folder)
         models = {"before": config.model.name, "after": str(folder / "model")}
     else:
-        dataset = overrides.get("env.dataset", EnvConfig.dataset)
-        if not (CONFIG_DIR / f"grpo_{dataset}.yaml").is_file():
-            raise ConfigError(f"env.dataset ({dataset}) has no config/grpo_{dataset}.yaml to take settings from: make one")
-        config, models = compose(f"grpo_{dataset}", []), {"model": arguments["model"]}
+        config, models = shipped_config(overrides), {"model": arguments["model"]}
         if "base" in arguments:
             models = {"before": arguments["base"], "after": arguments["model"]}
     _check_split(config, arguments, overrides)
@@ -131,6 +128,14 @@ def configure(arguments: dict[str, str], overrides: dict[str, str]) -> tuple[Run
     if not out.parent.is_dir():
         raise ConfigError(f"out ({out}): there is no directory {out.parent}")
     return from_dictconfig(changed), models, out
+
+
+def shipped_config(overrides: dict[str, str]) -> RunConfig:
+    """config/grpo_DATASET.yaml for the env.dataset among `overrides`, or the default one."""
+    dataset = overrides.get("env.dataset", EnvConfig.dataset)
+    if not (CONFIG_DIR / f"grpo_{dataset}.yaml").is_file():
+        raise ConfigError(f"env.dataset ({dataset}) has no config/grpo_{dataset}.yaml to take settings from: make one")
+    return compose(f"grpo_{dataset}", [])
 
 
 def _check_split(config: RunConfig, arguments: dict[str, str], overrides: dict[str, str]) -> None:

@@ -10,14 +10,14 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -27,11 +27,10 @@ from grpo.errors import ConfigError, UserError, one_line
 from grpo.offline_config import OfflineConfig
 from grpo.preemption import GraceOver, Preempted
 from grpo.resume import find_run, key_value, resumed_config
+from grpo.sweep import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PREEMPTED, jobs, parse_override, sweep, varying
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "config"
-EXIT_ERROR = 1
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved, and to be started again with resume=; job scripts requeue on it
-EXIT_INTERRUPTED = 130
+MOST_CHECKED = 64  # runs of a sweep, before the first one starts
 
 
 class Script(NamedTuple):
@@ -57,23 +56,11 @@ def compose(config_name: str, overrides: list[str], cls: type = RunConfig) -> An
     """
     groups = sorted(path.name for path in CONFIG_DIR.iterdir() if path.is_dir())
     try:
-        check_keys([_parse(override).key_or_group for override in overrides], groups, cls)
+        check_keys([parse_override(override).key_or_group for override in overrides], groups, cls)
         with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             return from_dictconfig(hydra.compose(config_name, overrides=overrides))
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(readable(error)) from None
-
-
-def _parse(override: str) -> Override:
-    try:
-        return OverridesParser.create().parse_override(override)
-    except HydraException:
-        raise ConfigError(f"{override} is not an override that can be read: write key=value") from None
-
-
-def _first_of_sweep(override: str) -> str:
-    parsed = _parse(override)
-    return f"{parsed.key_or_group}={next(parsed.sweep_string_iterator())}" if parsed.is_sweep_override() else override
 
 
 @contextmanager
@@ -105,10 +92,15 @@ def launch(mode: str, default_config: str, main: Callable[[Any, Path], None]) ->
     information = arguments.help or arguments.hydra_help or arguments.info or arguments.cfg
     resumed = None
     try:
-        if not information:
+        if arguments.multirun:
+            planned = _check_sweep(arguments, mode, default_config)
+        elif not information:
             resumed = _check(arguments, mode, default_config)
     except UserError as error:
         sys.exit(_report(error))
+    if arguments.multirun:
+        starting.close()
+        sys.exit(sweep(CONFIG_DIR, default_config, planned))
 
     def run(config: Any, run_dir: Path) -> None:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # TorchRL imports vLLM here too
@@ -140,38 +132,76 @@ def launch(mode: str, default_config: str, main: Callable[[Any, Path], None]) ->
     under_hydra()
 
 
-def _check(arguments, mode: str, default_config: str) -> tuple[Any, Path] | None:
-    """Raise ConfigError for what cannot work; returns the run to go on with, if that was asked for."""
+def _config_name(arguments, default_config: str) -> str:
     name = arguments.config_name or default_config
     if not (CONFIG_DIR / f"{name.removesuffix('.yaml')}.yaml").is_file():
         known = ", ".join(sorted(path.stem for path in CONFIG_DIR.glob("*.yaml")))
         raise ConfigError(f"--config-name {name}: there is no such configuration; there are {known}")
-    overrides = list(arguments.overrides)
-    if arguments.multirun:  # a sweep's other values are checked when its jobs start
-        overrides = [_first_of_sweep(override) for override in overrides]
+    return name
+
+
+def _check_sweep(arguments, mode: str, default_config: str) -> list[list[str]]:
+    """Raise ConfigError for a run of the sweep that cannot work; returns the runs' overrides, where they are known ahead."""
+    name = _config_name(arguments, default_config)
+    if "hydra/sweeper=optuna" in arguments.overrides and find_spec("optuna") is None:
+        raise ConfigError("hydra/sweeper=optuna needs pip install --no-deps -r requirements_optuna.txt")
+    groups = {path.name: sorted(file.stem for file in path.glob("*.yaml")) for path in CONFIG_DIR.iterdir() if path.is_dir()}
+    chosen = any(override.startswith("hydra/sweeper=") for override in arguments.overrides)
+    planned = list(islice(jobs(arguments.overrides, groups), MOST_CHECKED if chosen else None))
+    keys = varying(planned)
+    which = [
+        f"run {number} ({' '.join(item for item in its if item.split('=', 1)[0] in keys)})"
+        for number, its in enumerate(planned[:MOST_CHECKED])
+    ]
+
+    def checked(number: int, check: Callable[..., Any], *arguments) -> Any:
+        try:
+            return check(*arguments)
+        except UserError as error:
+            raise ConfigError(f"{which[number]}: {one_line(error)}") from None
+
+    # All of them before the first plan is made, which imports torch.
+    configs = [checked(i, compose, name, planned[i], SCRIPTS[mode].config) for i in range(len(which))]
+    for config in configs:
+        if config.resume is not None:
+            raise ConfigError(f"resume ({config.resume}) cannot be swept over: go on with each run by itself")
+    plans = [checked(i, _plan, config, mode) for i, config in enumerate(configs)]
+    if any(config.dry_run for config in configs):
+        described = (plan.describe(config) for plan, config in zip(plans, configs, strict=True))
+        print("\n\n".join(f"{run}\n{text}" for run, text in zip(which, described, strict=True)))
+        sys.exit(0)
+    return [] if chosen else [[item for item in its if not item.startswith("hydra")] for its in planned]
+
+
+def _check(arguments, mode: str, default_config: str) -> tuple[Any, Path] | None:
+    """Raise ConfigError for what cannot work; returns the run to go on with, if that was asked for."""
+    name, overrides = _config_name(arguments, default_config), list(arguments.overrides)
     config = compose(name, overrides, SCRIPTS[mode].config)
-    typed = {parsed.key_or_group: parsed.value() for parsed in map(_parse, overrides)}
+    typed = {parsed.key_or_group: parsed.value() for parsed in map(parse_override, overrides)}
     run_dir, typed_dir = None, typed.get("hydra.run.dir")
     if config.resume is not None:
-        if arguments.multirun:
-            raise ConfigError(f"resume ({config.resume}) cannot be swept over: go on with each run by itself")
         run_dir = find_run(config.resume, None if typed_dir is None else str(typed_dir), Path("outputs"), config)
     if run_dir is not None:
         changed = [key for key in typed if key != "mode"]  # a run stays in its own, and is told which script that is
         groups = [key for key in changed if (CONFIG_DIR / key).is_dir()]
         if groups:  # a preset may set keys of other sections too
-            others = [override for override in overrides if _parse(override).key_or_group not in groups]
+            others = [override for override in overrides if parse_override(override).key_or_group not in groups]
             plain = compose(name, others, SCRIPTS[mode].config)
             changed += [key for key in known_keys(type(config)) if key_value(plain, key) != key_value(config, key)]
         config = resumed_config(run_dir, changed, config)
-    if config.mode != mode:
-        script, other = SCRIPTS[mode].file, SCRIPTS[config.mode].file
-        raise ConfigError(f"mode ({config.mode}) must be {mode} for {script}: use {other}")
-    plan = importlib.import_module(SCRIPTS[mode].plan).make_plan(config)
+    plan = _plan(config, mode)
     if config.dry_run:
         print(plan.describe(config))
         sys.exit(0)
     return None if run_dir is None else (config, run_dir)
+
+
+def _plan(config: Any, mode: str) -> Any:
+    """What `config` will use; raises ConfigError where it cannot work here."""
+    if config.mode != mode:
+        script, other = SCRIPTS[mode].file, SCRIPTS[config.mode].file
+        raise ConfigError(f"mode ({config.mode}) must be {mode} for {script}: use {other}")
+    return importlib.import_module(SCRIPTS[mode].plan).make_plan(config)
 
 
 def _report(error: UserError) -> int:

@@ -1,7 +1,7 @@
 """One table of metric names, how they are made from a batch, and where they go.
 
 Every step gives one object to metrics.jsonl, and to Weights & Biases and TensorBoard where they are on. rollouts.jsonl
-gets a line a response.
+gets a line a response; Weights & Biases also a histogram of the batch's rewards and a table of a few of its groups.
 """
 
 import json
@@ -13,8 +13,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 from tensordict import TensorDict
@@ -95,6 +96,7 @@ METRICS = {
     "buffer/in_flight": "async: groups that were started and not finished then",
     "sync/probe_difference": "mean |trainer - engine| log-prob of a probe text after a push, the largest engine's, nats",
     "eval/accuracy": "greedy accuracy on the validation split; offline: ranking accuracy on the held-out groups",
+    "eval/problems": "problems, or groups, that it is a share of",
     "time/generate_s": "sampling responses",
     "time/reward_s": "grading them",
     "time/reference_s": "scoring them under the reference",
@@ -217,6 +219,22 @@ def rollout_lines(step: int, batch: TensorDict, log_probs: torch.Tensor | None) 
             row += 1
 
 
+SAMPLED_GROUPS = 2  # of a batch, in the table that Weights & Biases gets
+SAMPLE_COLUMNS = ("group_id", "prompt", "response", "answer", "parsed", "outcome", "reward", "advantage", "policy_version")
+
+
+def wandb_samples(batch: TensorDict) -> dict[str, Any]:
+    """A batch's rewards as a histogram, and its first groups as a table, for Weights & Biases."""
+    import wandb
+
+    shown = sum(len(record.grades) for record in batch["records"][:SAMPLED_GROUPS])
+    rows = [[line[name] for name in SAMPLE_COLUMNS] for line in islice(rollout_lines(0, batch, None), shown)]
+    return {
+        "rollout/rewards": wandb.Histogram(batch["reward"][batch["graded"]].tolist()),
+        "rollout/samples": wandb.Table(list(SAMPLE_COLUMNS), rows),
+    }
+
+
 METRICS_FILE, ROLLOUTS_FILE = LOGS = ("metrics.jsonl", "rollouts.jsonl")
 # What the progress bar shows of a step, where it is there.
 SHOWN = {
@@ -272,6 +290,7 @@ class RunLog:
             dynamic_ncols=True,
         )
         self.wandb = self.tensorboard = None
+        self.samples: dict[str, Any] = {}  # what goes to Weights & Biases with the step that is held back
         name = config.run_name or "_".join(run_dir.parts[-2:])
         if config.wandb:
             import wandb
@@ -325,6 +344,9 @@ class RunLog:
     def rollouts(self, step: int, batch: TensorDict, log_probs: torch.Tensor | None) -> None:
         for line in rollout_lines(step, batch, log_probs):
             self.files[ROLLOUTS_FILE].write(json.dumps(line) + "\n")
+        if self.wandb is not None and step % self.frequency == 0:
+            self.flush()  # the step before, which is still held back
+            self.samples = wandb_samples(batch)
 
     def flush(self) -> None:
         """Write what is held."""
@@ -340,7 +362,8 @@ class RunLog:
         if record["step"] % self.frequency == 0 or "eval/accuracy" in record:
             points = {name: value for name, value in record.items() if metric(name) in METRICS}
             if self.wandb is not None:
-                self.wandb.log(points, step=record["step"])
+                self.wandb.log(points | self.samples, step=record["step"])
+                self.samples = {}
             if self.tensorboard is not None:
                 for name, value in points.items():
                     self.tensorboard.add_scalar(name, value, record["step"])

@@ -36,6 +36,7 @@ from transformers.pytorch_utils import Conv1D
 
 from grpo.config import ALL_LINEAR, LoraConfig
 from grpo.errors import ConfigError, one_line
+from grpo.four_bit import four_bit_layers, is_codes, load_four_bit, outline, plain, values
 
 LOGITS = 2**27  # that are scored at a time: 512 MiB in float32
 TOKENS = 2**13  # that are scored at a time: more gain nothing on a GPU, and leave a CPU's cache
@@ -82,16 +83,22 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 
 def load_model(
-    path: str, device: torch.device, attn_implementation: str = "sdpa", dtype: torch.dtype = torch.float32
+    path: str,
+    device: torch.device,
+    attn_implementation: str = "sdpa",
+    dtype: torch.dtype = torch.float32,
+    in_four_bits: bool = False,
 ) -> PreTrainedModel:
-    """The model in `dtype` on `device`, in evaluation mode.
+    """The model in `dtype` on `device`, in evaluation mode; or with its linear layers alone in `dtype`, `in_four_bits`.
 
     Evaluation mode turns dropout off: with dropout the ratio of a rollout to its own policy would not be 1.
     """
     if device.type == "cpu":
         torch.set_flush_denormal(True)  # subnormal gradients and optimiser states slow a CPU down many times
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attn_implementation)
-    model = model.to(device)
+    if in_four_bits:
+        model = load_four_bit(path, device, attn_implementation, dtype)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attn_implementation).to(device)
     model.config.use_cache = False
     return model.eval()
 
@@ -181,12 +188,13 @@ def shard(
 
     Passes are computed in `dtype`; parameters stay as they are and gradients are summed in float32. They are summed over
     ranks, not averaged: the loss is already divided by the count over all ranks. On gloo that needs forced sum reduction,
-    on every module.
+    on every module. Weights in 4 bits are not sharded: they stay whole on every rank.
     """
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     home = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
+    codes = {layer.weight for _, layer in four_bit_layers(model)}
     for module in [*decoder_layers(model), model]:
-        fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=home)
+        fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=home, ignored_params=codes)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -328,8 +336,16 @@ def score_text(model: PreTrainedModel, tokens: list[int], device: torch.device) 
     return score(model, row, torch.ones(1, dtype=torch.int64, device=device), is_scored, 1.0)[0, 1:].cpu().numpy()
 
 
-def base_parameters(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """The model's own parameters under their transformers names, tied ones once, as this rank holds them; no adapters."""
+def base_parameters(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """The model's own parameters under their transformers names, tied ones once, as this rank holds them; no adapters.
+
+    Of one in 4 bits it is the outline.
+    """
+    for name, parameter in _own_parameters(model):
+        yield name, outline(parameter) if is_codes(parameter) else parameter
+
+
+def _own_parameters(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
     for name, parameter in transformers_model(model).named_parameters():
         if ADAPTER not in name:
             yield name.replace(".base_layer.", "."), parameter
@@ -348,8 +364,8 @@ def full_parameters(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, t
     """
     reshard(model)
     adapted = {f"{name}.weight": layer for name, layer in lora_layers(transformers_model(model))}
-    for name, parameter in base_parameters(model):
-        weight = _whole(parameter)
+    for name, parameter in _own_parameters(model):
+        weight = values(parameter) if is_codes(parameter) else _whole(parameter)
         if name in adapted:
             layer = adapted[name]
             a, b = (_whole(part["default"].weight) for part in (layer.lora_A, layer.lora_B))
@@ -390,7 +406,9 @@ def export(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBas
         if first:  # elsewhere a whole copy would be for nothing
             state[name] = tensor.cpu()
     if first:
-        transformers_model(model).save_pretrained(path, state_dict=state | _persistent_buffers(model))
+        base = transformers_model(model)
+        shell = plain(base) if any(four_bit_layers(base)) else base
+        shell.save_pretrained(path, state_dict=state | _persistent_buffers(model))
         tokenizer.save_pretrained(path)
     if isinstance(model, PeftModel):
         adapter = {name: _whole(p).cpu() for name, p in model.named_parameters() if ADAPTER in name}

@@ -94,6 +94,13 @@ class OfflineConfig:
             f"must be a multiple of train.gradient_accumulation_steps ({self.train.gradient_accumulation_steps}) x "
             f"train_model.num_devices ({self.train_model.num_devices}): a group is never split",
         )
+        in_four_bits = self.train_model.quantization.enabled
+        check(
+            not in_four_bits or self.has_adapters,
+            "train_model.quantization.enabled",
+            in_four_bits,
+            "needs train_model.lora.enabled=true or lora_path: weights of 4 bits do not train, adapters on them do",
+        )
         check(
             self.lora_path is None or replace(self.train_model.lora, enabled=False) == LoraConfig(),
             "lora_path",

@@ -7,6 +7,7 @@ import torch
 
 from grpo.adapters import check_adapter
 from grpo.errors import ConfigError
+from grpo.four_bit import check_four_bit
 from grpo.models import num_adapter_parameters, num_parameters
 from grpo.offline_config import OfflineConfig
 from grpo.plan import find_architecture, num_cores, resolve_device, trainer_bytes
@@ -22,6 +23,7 @@ class OfflinePlan:
     threads: int  # a rank
     parameters: int
     trained: int  # of them, or the adapters'
+    in_four_bits: int  # of them
     memory_bytes: int  # estimate a rank: weights, gradients and optimiser; activations come on top
     num_groups: int  # to train on
     num_held_out: int
@@ -37,7 +39,8 @@ class OfflinePlan:
             f"process           {config.train_model.num_devices} x trainer, about {self.memory_bytes / gib:.2f} GiB and "
             f"{self.threads} threads each",
             f"memory            for {self.parameters / 1e6:.1f} million parameters, activations not counted",
-            f"trained           {what}: {self.trained / 1e6:.3g} million parameters in float32, passes in {passes}",
+            f"trained           {what}: {self.trained / 1e6:.3g} million parameters in float32, passes in {passes}"
+            + f", on a base with {self.in_four_bits / 1e6:.3g} million in 4 bits" * (self.in_four_bits > 0),
             f"data              {self.num_groups} groups to train on and {self.num_held_out} held out, of at most "
             f"{self.num_completions} completions; those longer than {config.max_seq_length} tokens will be left out",
             f"optimiser steps   {steps} of {config.batch_size} groups in {config.train.gradient_accumulation_steps} "
@@ -55,12 +58,15 @@ def make_plan(config: OfflineConfig) -> OfflinePlan:
     if positions is not None and config.max_seq_length > positions:
         raise ConfigError(f"max_seq_length ({config.max_seq_length}) must be at most the model's {positions} positions")
     parameters, lora, ranks = num_parameters(model), config.train_model.lora, config.train_model.num_devices
+    in_four_bits = (
+        check_four_bit(model, "train_model.quantization.enabled") if config.train_model.quantization.enabled else 0
+    )
     trained = parameters
     if config.lora_path is not None:
         trained = check_adapter(model, config.lora_path)
     elif lora.enabled:
         trained = num_adapter_parameters(model, lora)
-    memory = trainer_bytes(parameters, trained, config.has_adapters, config.optimizer.name, ranks)
+    memory = trainer_bytes(parameters, in_four_bits, trained, config.has_adapters, config.optimizer.name, ranks)
     gpus = torch.cuda.device_count() if device == "cuda" else 0
     if device == "cuda" and ranks > gpus:
         raise ConfigError(f"train_model.num_devices ({ranks}) must be at most this machine's {gpus} GPUs")
@@ -76,6 +82,7 @@ def make_plan(config: OfflineConfig) -> OfflinePlan:
         threads=max(1, num_cores() // ranks),
         parameters=parameters,
         trained=trained,
+        in_four_bits=in_four_bits,
         memory_bytes=memory,
         num_groups=len(train),
         num_held_out=len(held_out),

@@ -14,7 +14,10 @@ from transformers import PreTrainedConfig
 from grpo import builtin
 from grpo.config import RunConfig
 from grpo.errors import ConfigError
+from grpo.four_bit import BYTES as FOUR_BITS
+from grpo.four_bit import check_four_bit
 from grpo.models import DTYPES, kv_cache_bytes, num_adapter_parameters, num_parameters, read_config
+from grpo.throughput import forecast, shape_of
 
 FLOAT32, FLOAT16 = 4, 2  # bytes
 LARGE = 1e9  # parameters from which a model needs a GPU to be of any use
@@ -31,6 +34,7 @@ class Plan:
     transport: str  # of weight pushes
     parameters: int
     trained: int  # of them, or the adapters' with LoRA
+    in_four_bits: int  # of them, of the policy
     memory_bytes: dict[str, int]  # estimate a role, weights, optimiser and key-value cache; activations come on top
     states_bytes: int  # of driver and replay buffer: the hidden states that divergence=ot compares with, at full length
 
@@ -64,6 +68,7 @@ class Plan:
             * (budget is not None),
             f"samples           {self._samples(config)}",
             f"staleness         at most {config.staleness_bound} policy versions",
+            f"time              {self._time(config)}",
         ]
         return "\n".join(lines)
 
@@ -76,12 +81,18 @@ class Plan:
     def _trained(self, config: RunConfig) -> str:
         what = "LoRA adapters" if config.train_model.lora.enabled else "all"
         passes = {"none": "float32", "bf16": "bfloat16", "fp16": "float16"}[config.train.mixed_precision]
-        return f"{what}: {self.trained / 1e6:.3g} million parameters in float32, passes in {passes}"
+        base = f", on a base with {self.in_four_bits / 1e6:.3g} million in 4 bits" * (self.in_four_bits > 0)
+        return f"{what}: {self.trained / 1e6:.3g} million parameters in float32, passes in {passes}" + base
 
     def _reference(self, config: RunConfig) -> str:
         if not config.uses_reference:
             return "none"
         return "in processes of its own" if config.num_references else "the trainer without its adapters"
+
+    def _time(self, config: RunConfig) -> str:
+        shape = shape_of(find_architecture(config.model.name, self.device), self.parameters)
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        return forecast(config, shape, self.device, gpu)
 
 
 def resolve_device(device: str) -> str:
@@ -121,14 +132,15 @@ def find_architecture(name: str, device: str) -> PreTrainedConfig:
     return read_config(name)
 
 
-def trainer_bytes(parameters: int, trained: int, has_adapters: bool, optimizer: str, ranks: int) -> int:
+def trainer_bytes(parameters: int, in_four_bits: int, trained: int, has_adapters: bool, optimizer: str, ranks: int) -> int:
     """What a training rank holds: weights, gradients and optimiser states in shards, and a full copy of the weights.
 
-    The copy is loaded, pushed or gathered.
+    The copy is loaded, pushed or gathered. Weights in 4 bits are whole on every rank.
     """
-    weights, updated = parameters * FLOAT32, trained * FLOAT32
-    states = {"adamw": 2, "adamw_offload": 2, "adam": 2, "sgd": 0}[optimizer]
-    return (weights + updated * (has_adapters + 1 + states)) // ranks + weights
+    sharded, updated = (parameters - in_four_bits) * FLOAT32, trained * FLOAT32
+    states = {"adamw": 2, "adamw_offload": 2, "adamw_8bit": 0.5, "adam": 2, "sgd": 0}[optimizer]
+    own = (sharded + updated * (has_adapters + 1 + states)) // ranks
+    return int(own + in_four_bits * FOUR_BITS + parameters * FLOAT32)
 
 
 def held_responses(config: RunConfig) -> int:
@@ -155,13 +167,15 @@ def make_plan(config: RunConfig) -> Plan:
     if config.num_references:
         roles["reference"] = config.num_references
     parameters, lora = num_parameters(model), config.train_model.lora
+    policy = check_four_bit(model, "train_model.quantization.enabled") if config.train_model.quantization.enabled else 0
+    reference = check_four_bit(model, "ref_model.quantization.enabled") if config.reference_in_four_bits else 0
     trained = num_adapter_parameters(model, lora) if lora.enabled else parameters
     weights = parameters * FLOAT32
     in_flight = config.env.num_envs * config.env.repeats
     memory = {
-        "trainer": trainer_bytes(parameters, trained, lora.enabled, config.optimizer.name, roles["trainer"]),
+        "trainer": trainer_bytes(parameters, policy, trained, lora.enabled, config.optimizer.name, roles["trainer"]),
         "inference": weights + kv_cache_bytes(model, in_flight * length, FLOAT32),
-        "reference": parameters * DTYPES[config.train.mixed_precision].itemsize,
+        "reference": int((parameters - reference) * DTYPES[config.train.mixed_precision].itemsize + reference * FOUR_BITS),
     }
     memory = {role: memory[role] for role in roles}
     states = held_responses(config) * length * model.hidden_size * FLOAT16 if config.anchor else 0
@@ -202,4 +216,6 @@ def make_plan(config: RunConfig) -> Plan:
         transport = "nccl" if sharing == 1 and config.inference_model.backend == "vllm" else "shared_memory"
     if transport == "nccl" and sharing != 1:
         raise ConfigError("train.weight_transport (nccl) needs a GPU of its own for each process: use shared_memory")
-    return Plan(device, roles, 1 / sharing if sharing else 0.0, threads, transport, parameters, trained, memory, states)
+    return Plan(
+        device, roles, 1 / sharing if sharing else 0.0, threads, transport, parameters, trained, policy, memory, states
+    )

@@ -20,15 +20,21 @@ class ReferenceActor:
         temperature: float,
         mixed_precision: str,
         matmul_precision: str = "highest",
+        in_four_bits: bool = False,
     ) -> None:
         self.name, self.attn_implementation, self.device = model, attn_implementation, torch.device(device)
         self.temperature, self.dtype, self.matmul_precision = temperature, DTYPES[mixed_precision], matmul_precision
         self.model: PreTrainedModel | None = None
+        self.in_four_bits = in_four_bits
 
     def start(self) -> int:
         """Load the model; returns the process id."""
         torch.set_float32_matmul_precision(self.matmul_precision)
-        self.model = load_model(self.name, self.device, self.attn_implementation, self.dtype)
+        self.model = load_model(self.name, self.device, self.attn_implementation, self.dtype, self.in_four_bits)
+        if self.in_four_bits:  # what is not, such as embeddings and norms; the codes are no floating point numbers
+            for parameter in self.model.parameters():
+                if parameter.is_floating_point():
+                    parameter.data = parameter.data.to(self.dtype)
         return os.getpid()
 
     def score(self, batch: TensorDict) -> torch.Tensor:

@@ -52,6 +52,16 @@ class Run(Session):
     of_batch: dict[str, float] = field(default_factory=dict)  # what its mode has to say of it in metrics.jsonl
     probe: list[int] = field(default_factory=list)  # tokens of a response that was trained on
 
+    def begin(self) -> None:
+        if self.resumed is None and self._differs:
+            self.push(0)
+        super().begin()
+
+    @property
+    def _differs(self) -> bool:
+        """Whether the policy is not that of the model's files, which engines start with: it was trained, or is in 4 bits."""
+        return self.progress.policy_version > 0 or self.config.train_model.quantization.enabled
+
     def _check_grading(self, grades: list[Grade]) -> None:
         """Raise RewardError where more than train.max_grader_error_rate of them are no verdicts, timed out or failed."""
         notes = Counter(grade.note for grade in grades if not grade.is_verdict)

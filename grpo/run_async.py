@@ -204,7 +204,7 @@ class AsyncRun(Run):
         if now.steps_since_push:
             now.policy_version, now.steps_since_push = now.policy_version + 1, 0
             self._pushed()
-        if now.policy_version > 0:
+        if self._differs:
             self.push(now.policy_version)
         print(f"{len(self.admission.again)} groups that were started and not trained on are sampled again")
 

@@ -141,7 +141,7 @@ class SyncRun(Run):
         if ahead is not None:
             self.ahead = Future()
             self.ahead.set_result((ahead, []))
-        if self.progress.policy_version > 0 and self.rollouts is None:
+        if self._differs and self.rollouts is None:
             self.push(self.progress.policy_version)
 
     @property

@@ -139,8 +139,9 @@ class Session(ABC):
 
     def _evaluate(self) -> None:
         """Between steps; the best so far is kept as a checkpoint."""
-        now, found = self.progress, self._validate()["accuracy"]
-        self.log.add({"eval/accuracy": found} | self.clock.take())
+        now, result = self.progress, self._validate()
+        found = result["accuracy"]
+        self.log.add({"eval/accuracy": found, "eval/problems": result["n"]} | self.clock.take())
         now.evaluated, is_best = True, now.best_accuracy is None or found > now.best_accuracy
         now.evaluations_since_best = 0 if is_best else now.evaluations_since_best + 1
         if is_best:

@@ -150,6 +150,9 @@ class Shaped:
         grade = self.grader.grade(problem, response)
         return replace(grade, terms=shape(self.name, self.weights, problem, response, grade))
 
+    def parse(self, response: str) -> str | None:
+        return self.grader.parse(response)
+
 
 def check(name: str, weights: dict[str, float]) -> None:
     """Raise ConfigError for a shape, a term or a weight that there cannot be."""

@@ -1,7 +1,10 @@
 """Responses from an engine in a process of its own, without Ray: for the tools, which have one model at a time.
 
-    tool ──EngineSpec, prompts, parts──> process: make_engine; for each part: reseed, add, step while there is work
-         <──── ready, Completions as they finish ────
+    tool ──EngineSpec──────> process: make_engine
+         <──── ready ────
+         ──prompts, part───> reseed, add, step while there is work; then wait for the next ones
+         <──── Completions as they finish ────
+         ──end of the pipe──> end
 
 The process ends with the tool, however that ends, and gives its memory back before the next model needs it.
 """
@@ -21,6 +24,8 @@ from grpo.errors import ActorError, UserError
 from grpo.inference import EngineSpec, Request, Sampling, engine_environment, make_engine
 from grpo.rollout import Completions
 
+END_S = 5.0  # in which a process that has no more to do ends by itself
+
 
 @dataclass(frozen=True)
 class Part:
@@ -30,65 +35,23 @@ class Part:
     seed: int
 
 
-def sample(
-    spec: EngineSpec, prompts: list[list[int]], parts: list[Part], start_timeout_s: float, timeout_s: float
-) -> list[Completions]:
-    """For each part the responses to `prompts`, in their order, K together.
+class RunningEngine:
+    """The tool's end of the process; `started` gives one."""
 
-    Raises ActorError where the engine dies, is not up within `start_timeout_s` seconds, or finishes no response for
-    `timeout_s` seconds.
-    """
-    with _engine(spec, prompts, parts) as (process, connection):
-        receive = _Receiver(spec.model, process, connection)
-        receive("starting", start_timeout_s, "ray.start_timeout_s")
-        results = []
-        for part in parts:
-            finished, missing = [], len(prompts) * part.sampling.num_responses
-            while missing:
-                finished.append(receive(f"sampling responses to {len(prompts)} prompts", timeout_s, "ray.timeout_s"))
-                missing -= len(finished[-1])
-            results.append(Completions.concatenate(finished).in_request_order())
-        return results
+    def __init__(self, model: str, process: multiprocessing.Process, connection: Connection, timeout_s: float) -> None:
+        self.model, self.process, self.connection, self.timeout_s = model, process, connection, timeout_s
 
+    def sample(self, prompts: list[list[int]], part: Part) -> Completions:
+        """The responses to `prompts`, in their order, K together; raises ActorError as `started` does."""
+        with suppress(BrokenPipeError, ConnectionResetError):  # it has died, which `receive` says
+            self.connection.send((prompts, part))
+        finished, missing = [], len(prompts) * part.sampling.num_responses
+        while missing:
+            finished.append(self.receive(f"sampling responses to {len(prompts)} prompts", self.timeout_s, "ray.timeout_s"))
+            missing -= len(finished[-1])
+        return Completions.concatenate(finished).in_request_order()
 
-@contextmanager
-def _engine(spec: EngineSpec, prompts: list[list[int]], parts: list[Part]) -> Iterator[tuple]:
-    context = multiprocessing.get_context("spawn")
-    connection, other = context.Pipe()
-    process = context.Process(target=_serve, args=(other, spec, prompts, parts), name="engine")
-    with _environment(engine_environment(spec) | {"VLLM_LOGGING_LEVEL": "ERROR"}):  # its warnings are for every start alike
-        process.start()
-    other.close()
-    try:
-        yield process, connection
-    finally:
-        with suppress(psutil.NoSuchProcess):  # it may end by itself meanwhile
-            for child in psutil.Process(process.pid).children(recursive=True):  # of an engine on several GPUs
-                child.kill()
-        process.kill()
-        process.join()
-        connection.close()
-
-
-@contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Have what starts meanwhile see `variables`: libraries read them while they are imported."""
-    before = dict(os.environ)
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
-@dataclass(frozen=True)
-class _Receiver:
-    model: str
-    process: multiprocessing.Process
-    connection: Connection
-
-    def __call__(self, doing: str, timeout_s: float, key: str) -> Completions | None:
+    def receive(self, doing: str, timeout_s: float, key: str) -> Completions | None:
         """The process's next message; `key` is the setting that holds `timeout_s`."""
         if not self.connection.poll(timeout_s):
             raise ActorError(
@@ -107,7 +70,55 @@ class _Receiver:
         return message
 
 
-def _serve(connection: Connection, spec: EngineSpec, prompts: list[list[int]], parts: list[Part]) -> None:
+@contextmanager
+def started(spec: EngineSpec, start_timeout_s: float, timeout_s: float) -> Iterator[RunningEngine]:
+    """An engine that is up, and is ended afterwards.
+
+    Raises ActorError where it dies, is not up within `start_timeout_s` seconds, or finishes no response for `timeout_s`
+    seconds.
+    """
+    context = multiprocessing.get_context("spawn")
+    connection, other = context.Pipe()
+    process = context.Process(target=_serve, args=(other, spec), name="engine")
+    with _environment(engine_environment(spec) | {"VLLM_LOGGING_LEVEL": "ERROR"}):  # its warnings are for every start alike
+        process.start()
+    other.close()
+    try:
+        engine = RunningEngine(spec.model, process, connection, timeout_s)
+        engine.receive("starting", start_timeout_s, "ray.start_timeout_s")
+        yield engine
+        connection.close()  # which it takes as the end, and gives back what a kill would leave behind
+        process.join(END_S)
+    finally:
+        with suppress(psutil.NoSuchProcess):  # it may end by itself meanwhile
+            for child in psutil.Process(process.pid).children(recursive=True):  # of an engine on several GPUs
+                child.kill()
+        process.kill()
+        process.join()
+        connection.close()
+
+
+def sample(
+    spec: EngineSpec, prompts: list[list[int]], parts: list[Part], start_timeout_s: float, timeout_s: float
+) -> list[Completions]:
+    """For each part the responses to `prompts`, of an engine that is started for them; ActorError as `started` has it."""
+    with started(spec, start_timeout_s, timeout_s) as engine:
+        return [engine.sample(prompts, part) for part in parts]
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Have what starts meanwhile see `variables`: libraries read them while they are imported."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _serve(connection: Connection, spec: EngineSpec) -> None:
     """The process's life."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the tool's, which ends its engine
     os.dup2(2, 1)  # the libraries' own words do not get between those of the tool, whose output may be read by a program
@@ -115,7 +126,11 @@ def _serve(connection: Connection, spec: EngineSpec, prompts: list[list[int]], p
     try:
         engine = make_engine(spec)
         connection.send(None)
-        for part in parts:
+        while True:
+            try:
+                prompts, part = connection.recv()
+            except EOFError:  # the tool has no more to ask
+                return
             engine.reseed(part.seed)
             for i, prompt in enumerate(prompts):
                 engine.add(Request(i, prompt, part.sampling))

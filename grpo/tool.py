@@ -1,7 +1,8 @@
-"""What the tools that are not runs share (python -m grpo.grade, grpo.evaluate, grpo.generate): arguments and input lines."""
+"""What the tools that are not runs share (grpo.evaluate, grade, generate, plot, view): arguments, input, the run."""
 
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import IO, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
@@ -9,6 +10,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from grpo.config import check_keys, readable
 from grpo.errors import ConfigError, DataError, one_line
+from grpo.resume import CONFIG
+
+OUTPUTS = Path("outputs")
 
 T = TypeVar("T")
 
@@ -37,8 +41,8 @@ def split_arguments(
             arguments[key] = value
             continue
         if key.split(".")[0] not in sections or "." not in key:
-            keys = " and ".join(f"{section}.KEY" for section in sections)
-            raise ConfigError(f"{key} is not an argument here: there are {', '.join(own)} and {keys}")
+            known = [*own, *(f"{section}.KEY" for section in sections)]
+            raise ConfigError(f"{key} is not an argument here: there are {', '.join(known[:-1])} and {known[-1]}")
         check_keys([key], [])
         overrides[key] = value
     missing = [key for key, needed in own.items() if needed and key not in arguments]
@@ -54,6 +58,24 @@ def override(config: DictConfig, overrides: dict[str, str]) -> None:
             OmegaConf.update(config, key, OmegaConf.from_dotlist([f"x={value}"]).x)
         except OmegaConfBaseException as error:
             raise ConfigError(f"{key}: {readable(error)}") from None
+
+
+def find_run(typed: str | None, needed: str) -> Path:
+    """The directory of the run that was `typed`, or of the newest one under outputs/; it has `needed`.
+
+    Raises ConfigError where there is none, or what was typed is none.
+    """
+    if typed is None:
+        found = [path.parent for path in OUTPUTS.glob(f"*/*/{CONFIG}") if (path.parent / needed).exists()]
+        if not found:
+            raise ConfigError(f"there is no run with {needed} under {OUTPUTS}/: train one, or give the directory of one")
+        return max(found, key=lambda run: (run / needed).stat().st_mtime)
+    run = Path(typed)
+    if not (run / CONFIG).is_file():
+        raise ConfigError(f"run ({run}): there is no run there: give the directory of one")
+    if not (run / needed).exists():
+        raise ConfigError(f"run ({run}) has no {needed}")
+    return run
 
 
 def whole_number(arguments: dict[str, str], key: str, default: int | None, minimum: int) -> int | None:

@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from grpo import trainer_state
+from grpo.adamw_8bit import AdamW8bit
 from grpo.adapters import load_lora
 from grpo.config import ObjectiveConfig, OptimizerConfig, TrainConfig, TrainModelConfig
 from grpo.errors import CheckpointError, TrainingError, one_line
@@ -62,6 +63,7 @@ START_TIMEOUT = timedelta(minutes=5)  # of the ranks that come to the store wher
 OPTIMIZERS = {
     "adamw": _adamw,
     "adamw_offload": _adamw,  # `shard` puts what it works on in the CPU's memory
+    "adamw_8bit": lambda p, c: AdamW8bit(p, lr=c.lr, weight_decay=c.weight_decay, betas=c.betas),
     "adam": lambda p, c: torch.optim.Adam(p, lr=c.lr, weight_decay=c.weight_decay, betas=c.betas),
     "sgd": lambda p, c: torch.optim.SGD(p, lr=c.lr, weight_decay=c.weight_decay),
 }
@@ -143,15 +145,18 @@ class TrainerActor:
         self.device = device
         torch.set_float32_matmul_precision(spec.matmul_precision)
         torch.manual_seed(spec.seed + rank)  # for LoRA's dropout; nothing else is random here
-        # Loaded on the CPU and moved a layer at a time as it is sharded: a GPU never holds the whole model in float32.
-        model = load_model(spec.model, torch.device("cpu"), spec.attn_implementation)
+        precision = DTYPES[spec.train.mixed_precision]
+        if spec.train_model.quantization.enabled:
+            model = load_model(spec.model, device, spec.attn_implementation, precision, in_four_bits=True)
+        else:  # on the CPU, and moved a layer at a time as it is sharded: a GPU never holds the whole model in float32
+            model = load_model(spec.model, torch.device("cpu"), spec.attn_implementation)
         if spec.lora_path is not None:
             model = load_lora(model, spec.lora_path)
         elif spec.train_model.lora.enabled:
             model = add_lora(model, spec.train_model.lora, spec.seed)
         if spec.train_model.gradient_checkpointing:
             checkpoint_gradients(model)
-        self.model = shard(model, mesh, DTYPES[spec.train.mixed_precision], offload)
+        self.model = shard(model, mesh, precision, offload)
         self.trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = OPTIMIZERS[spec.optimizer.name](self.trainable, spec.optimizer)
         fp16 = spec.train.mixed_precision == "fp16"  # whose small range gradients have to be scaled into

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import zeros as sharded_zeros
 
 from grpo.models import reshard
 
@@ -41,10 +43,7 @@ def load(model: torch.nn.Module, optimizer: torch.optim.Optimizer, path: Path, g
         prefix = f"optimizer.{name}."
         keys = [key for key in there if key.startswith(prefix) and "." not in key.removeprefix(prefix)]
         of_optimizer[parameter] = {
-            key.removeprefix(prefix): torch.zeros_like(parameter.detach())
-            if there[key].size == parameter.shape and there[key].size
-            else torch.zeros(there[key].size, dtype=there[key].properties.dtype)
-            for key in keys
+            key.removeprefix(prefix): _room(parameter.detach(), there[key].size, there[key].properties.dtype) for key in keys
         }
         state |= {prefix + key: value for key, value in of_optimizer[parameter].items()}
     generators = {
@@ -63,6 +62,15 @@ def load(model: torch.nn.Module, optimizer: torch.optim.Optimizer, path: Path, g
 
 def _trained(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def _room(parameter: DTensor, size: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """Room for a part of the optimiser's state: what has a row for each of the parameter's is sharded like it."""
+    if size == parameter.shape and size:
+        return torch.zeros_like(parameter, dtype=dtype)
+    if size[:1] == parameter.shape[:1]:
+        return sharded_zeros(size, dtype=dtype, device_mesh=parameter.device_mesh, placements=parameter.placements)
+    return torch.zeros(size, dtype=dtype)
 
 
 def _generators(model: torch.nn.Module) -> dict[str, torch.Tensor]:

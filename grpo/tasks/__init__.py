@@ -40,6 +40,10 @@ class Grader(Protocol):
         """Score one response. Never raises for a strange response: that is what `unparseable` is for."""
         ...
 
+    def parse(self, response: str) -> str | None:
+        """The answer that a response states, whatever the right one is; None where it states none."""
+        ...
+
 
 class Task(Grader, Protocol):
     """What a task module's `load` returns."""

@@ -81,13 +81,19 @@ class Arithmetic:
 
     def grade(self, problem: Problem, response: str) -> Grade:
         """0.2 for exactly one answer tag with a whole number in it, 0.2 for within 1 of the value, 0.6 for the value."""
-        found = ANSWER.findall(response)
-        if len(found) != 1 or response.count("<answer>") != 1:
+        stated = self.parse(response)
+        if stated is None:
             return Grade({"format": 0.0, "near": 0.0, "exact": 0.0}, "unparseable", None)
-        parsed, expected = int(found[0].replace("−", "-")), int(problem.answer)
+        parsed, expected = int(stated), int(problem.answer)
         near, exact = abs(parsed - expected) <= 1, parsed == expected
         terms = {"format": 0.2, "near": 0.2 * near, "exact": 0.6 * exact}
-        return Grade(terms, "correct" if exact else "wrong", str(parsed))
+        return Grade(terms, "correct" if exact else "wrong", stated)
+
+    def parse(self, response: str) -> str | None:
+        found = ANSWER.findall(response)
+        if len(found) != 1 or response.count("<answer>") != 1:
+            return None
+        return str(int(found[0].replace("−", "-")))
 
 
 def row_problem(row: dict, where: str) -> Problem:

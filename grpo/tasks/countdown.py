@@ -215,6 +215,14 @@ class Countdown:
         exact = value == target and sorted(used) == numbers
         return Grade({"format": 0.1, "exact": 0.9 * exact}, "correct" if exact else "wrong", expression)
 
+    def parse(self, response: str) -> str | None:
+        expression = stated_expression(response)
+        try:
+            evaluate(expression or "")
+        except ExpressionError:
+            return None
+        return expression
+
 
 def row_problem(row: dict, where: str) -> Problem:
     """{numbers, target}, or {answer} with them as JSON, as in a run's rollouts.jsonl."""

@@ -394,6 +394,10 @@ class GSM8K:
         exact = same(stated, gold(problem.answer), problem.question)
         return Grade({"format": 0.1, "exact": 0.9 * exact}, "correct" if exact else "wrong", str(stated))
 
+    def parse(self, response: str) -> str | None:
+        stated = final_answer(response)
+        return None if stated is None else str(stated)
+
 
 def _problem(row: dict, where: str) -> Problem:
     question, solution = text_fields(row, ("question", "answer"), where)

@@ -44,6 +44,10 @@ class IFEval:
         terms = {"followed": 0.5 * sum(loose) / len(loose), "all": 0.5 * all(strict)}
         return Grade(terms, "correct" if all(strict) else "wrong", f"{sum(strict)}/{len(strict)}", details=details)
 
+    def parse(self, response: str) -> str | None:
+        """The response itself is the answer; None where it is blank."""
+        return response.strip() or None
+
 
 def row_problem(row: dict, where: str) -> Problem:
     """The problem of a row {prompt, instruction_id_list, kwargs}; raises DataError, which begins with `where`.

@@ -99,6 +99,9 @@ class Math:
             return Grade({"format": 0.0, "exact": 0.0}, "unparseable", None)
         return Grade({"format": 0.1, "exact": 0.9 * exact}, "correct" if exact else "wrong", answer)
 
+    def parse(self, response: str) -> str | None:
+        return last_boxed(response)
+
 
 def _problem(row: dict, where: str) -> Problem:
     (question,) = text_fields(row, ("problem",), where)

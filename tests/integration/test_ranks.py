@@ -3,6 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -213,6 +214,37 @@ def test_adapters_and_checkpointed_layers_train_and_score_alike_on_one_rank_and_
         assert (tmp_path / "2" / "adapter" / name).is_file()
 
 
+EIGHT_BIT = OptimizerConfig(name="adamw_8bit", lr=1e-3, warmup_steps=0)
+
+
+@pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(enabled=True, r=16)], ids=["whole", "lora"])
+def test_states_of_8_bits_are_the_same_on_two_ranks_and_read_by_another_number(cluster, model_path, tmp_path, lora):
+    batch, results, states = ragged_batch(model_path), {}, tmp_path / "states"
+    for ranks in (2, 1):
+        with trainers(model_path, ranks, TrainModelConfig(lora=lora), EIGHT_BIT) as actors:
+            results[ranks] = step(actors, batch, tmp_path / str(ranks), steps=3)
+            pool = TrainerPool(actors, 1, None, 60.0)
+            if ranks == 2:
+                states.mkdir()
+                numbers = pool.save(states)
+                assert pool.saved(wait=True)
+                pool.step(batch, 4, with_log_probs=False)
+                pool.export(tmp_path / "two" / "model")
+            else:
+                pool.load(states, numbers)
+                pool.step(batch, 4, with_log_probs=False)
+                pool.export(tmp_path / "one" / "model")
+    start = {name: parameter.detach() for name, parameter in load_model(model_path, CPU).named_parameters()}
+    (one, metrics, _), (two, its_metrics, _) = results[1], results[2]
+    assert largest_difference(one, start) > 2e-3
+    # Where rounding differs by the last bit, now and then, the next code is taken.
+    assert largest_difference(one, two) < 2e-4
+    assert its_metrics == pytest.approx(metrics, rel=1e-2, abs=1e-4)
+    on_two, on_one = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("two", "one"))
+    assert largest_difference(on_two, on_one) < 1e-5  # after one step from the same states
+    assert largest_difference(on_two, two) > 5e-4
+
+
 def test_an_overflow_on_one_rank_skips_the_step_on_all(cluster, model_path, tmp_path):
     batch = ragged_batch(model_path)
     decaying = OptimizerConfig(name="adamw", lr=0.01, weight_decay=0.5, warmup_steps=0)
@@ -304,3 +336,16 @@ def test_two_ranks_two_engines_and_a_reference_learn_as_one_of_each(model_path, 
     assert curves["one"][-1] - curves["one"][0] > 0.2
     # A window holds 640 groups whose mean rewards scatter by 0.35: two standard errors of a difference are 0.04.
     assert np.abs(curves["one"] - curves["two"]).max() < 0.05
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_engines_and_reference_have_the_policy_in_four_bits_from_the_start(run_sync):
+    """What is sampled from, trained on and exported is one model: the engines get it before they sample."""
+    devices = ("train_model.num_devices=2", "ref_model.num_devices=1", "optimizer.name=adamw_8bit")
+    run = run_sync(*LORA, *devices, "train_model.quantization.enabled=true")
+    largest = max(abs(a - b) for r in run.rollouts for a, b in zip(r["inference_log_probs"], r["log_probs"], strict=True))
+    assert largest < 1e-4
+    assert [row["policy_version"] for row in run.metrics] == [0, 1, 2]
+    assert run.metrics[0]["train/kl_to_reference"] == pytest.approx(0, abs=1e-6)
+    assert run.metrics[2]["train/kl_to_reference"] > 1e-4
+    assert load_model(str(run.run_dir / "model"), CPU).config.to_dict().get("quantization_config") is None

@@ -1,5 +1,6 @@
 """The synchronous loop on the real parts, and what each setting of it changes."""
 
+import json
 import math
 from collections import defaultdict
 
@@ -70,8 +71,7 @@ def test_a_run_leaves_behind_what_the_documents_promise(run_sync):
     assert (summary["steps"], summary["samples_trained"], summary["policy_version"]) == (3, 192, 3)
     assert summary["eval"]["before"]["n"] == summary["eval"]["after"]["n"] == 20
     assert summary["phases_s"].keys() == {"generate", "reward", "reference", "train", "push", "wait"}
-    for picture in ("reward_accuracy.png", "kl.png"):
-        assert (run.run_dir / "plots" / picture).read_bytes().startswith(b"\x89PNG")
+    assert (run.run_dir / "plots" / "run.png").read_bytes().startswith(b"\x89PNG")
     model = AutoModelForCausalLM.from_pretrained(run.run_dir / "model")
     assert torch.equal(model.get_input_embeddings().weight, run.weights["model.embed_tokens.weight"])
 
@@ -166,7 +166,11 @@ def test_weights_and_biases_and_tensorboard_get_the_same_numbers(run_sync, monke
     points = events.Scalars("rollout/reward_mean")
     assert [point.step for point in points] == [2]
     assert points[0].value == pytest.approx(run.metrics[1]["rollout/reward_mean"])
-    assert list((run.run_dir / "wandb").glob("offline-run-*/*.wandb"))
+    (wandb,) = (run.run_dir / "wandb").glob("offline-run-*")
+    assert list(wandb.glob("*.wandb"))
+    (samples,) = map(json.loads, [path.read_text() for path in wandb.glob("files/media/table/rollout/samples_2_*.json")])
+    second = [line for line in run.rollouts if line["step"] == 2]
+    assert samples["data"] == [[line[name] for name in samples["columns"]] for line in second[:16]]
 
 
 def test_grpo_learns_the_right_order_of_operations(run_sync):

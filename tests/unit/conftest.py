@@ -24,11 +24,11 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def tiny_model(seed: int = 0) -> PreTrainedModel:
+def tiny_model(seed: int = 0, recipe: Recipe = TINY) -> PreTrainedModel:
     """Random weights, large enough that distributions are far from uniform."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen2ForCausalLM(make_config(TINY, make_tokenizer())).float().eval()
+        model = Qwen2ForCausalLM(make_config(recipe, make_tokenizer())).float().eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.3 * torch.randn_like(parameter))

@@ -198,7 +198,7 @@ BAD_VALUES = [
     (["train.kl_to_inference_coeff=inf"], "train.kl_to_inference_coeff (inf) must be at least 0"),
     (["train.entropy_coeff=-1"], "train.entropy_coeff (-1.0) must be at least 0"),
     (["train.eval_frequency=-1"], "train.eval_frequency (-1) must be at least 0"),
-    (["optimizer.name=lion"], "optimizer.name (lion) must be one of adamw, adamw_offload, adam, sgd"),
+    (["optimizer.name=lion"], "optimizer.name (lion) must be one of adamw, adamw_offload, adamw_8bit, adam, sgd"),
     (["optimizer.lr=0"], "optimizer.lr (0.0) must be above 0"),
     (["optimizer.lr=inf"], "optimizer.lr (inf) must be above 0"),
     (["optimizer.lr=nan"], "optimizer.lr (nan) must be above 0"),
@@ -242,6 +242,19 @@ BAD_VALUES = [
     (
         ["train.buffer_size=1024"],
         "train.buffer_size (1024) must equal train.dialog_turns_per_batch (512) in sync mode",
+    ),
+    (
+        ["train_model.quantization.enabled=true"],
+        "train_model.quantization.enabled (True) needs train_model.lora.enabled=true: weights of 4 bits do not train",
+    ),
+    (
+        ["train_model.lora.enabled=true", "ref_model.quantization.enabled=true"],
+        "ref_model.quantization.enabled (True) needs ref_model.num_devices of at least 1, or "
+        "train_model.quantization.enabled=true",
+    ),
+    (
+        ["train_model.lora.enabled=true", "train_model.quantization.enabled=true", "ref_model.quantization.enabled=false"],
+        "ref_model.quantization.enabled (False) needs ref_model.num_devices of at least 1",
     ),
     (["device=mps"], "device (mps) needs inference_model.backend=transformers"),
     (["train.replay=twice"], "train.replay (twice) must be one of once, uniform"),
@@ -467,10 +480,16 @@ def test_the_shipped_3b_configuration_saves_memory():
 
 
 def attributes(tree: ast.AST) -> set[str]:
-    """Every attribute that is read, as `owner.name` and as `name`."""
-    nodes = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)]
-    owners = {n: n.value.attr if isinstance(n.value, ast.Attribute) else getattr(n.value, "id", "") for n in nodes}
-    return {n.attr for n in nodes} | {f"{owner}.{n.attr}" for n, owner in owners.items()}
+    """Every attribute that is read, as `name`, `owner.name` and `owner.owner.name`."""
+    read = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            names, owner = [node.attr], node.value
+            while isinstance(owner, ast.Attribute):
+                names, owner = [owner.attr, *names], owner.value
+            names = [getattr(owner, "id", ""), *names]
+            read |= {".".join(names[-count:]) for count in (1, 2, 3)}
+    return read
 
 
 def test_every_key_is_read_somewhere():

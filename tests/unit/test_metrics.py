@@ -237,6 +237,44 @@ def test_tensorboard_gets_every_logging_frequency_th_step_and_every_evaluation(t
     assert rewards == [(step, pytest.approx(metrics_of(step)["rollout/reward_mean"])) for step in (2, 3, 4)]
 
 
+def test_weights_and_biases_gets_rewards_as_a_histogram_and_a_few_groups_as_a_table(tmp_path, monkeypatch):
+    import wandb
+
+    class Sink:
+        def __init__(self) -> None:
+            self.points: list[tuple[int, dict]] = []
+
+        def log(self, points: dict, step: int) -> None:
+            self.points.append((step, points))
+
+        def finish(self) -> None: ...
+
+    sink = Sink()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(wandb, "init", lambda **settings: sink)
+    config = RunConfig(
+        logging=LoggingConfig(progress=False, wandb=True),
+        train=TrainConfig(total_dialog_turns=512, logging_frequency=2),
+    )
+    log = RunLog(tmp_path, config)
+    for step in (1, 2, 3):
+        rollouts = batch()
+        rollouts["graded"][3] = False  # whose reward says nothing
+        log.rollouts(step, rollouts, None)
+        log.step(step, step - 1, metrics_of(step))
+        if step == 3:
+            log.add({"eval/accuracy": 0.5})
+    log.close()
+    (second, points), (third, others) = sink.points
+    assert (second, third) == (2, 3)
+    assert points["rollout/reward_mean"] == metrics_of(2)["rollout/reward_mean"]
+    assert sum(points["rollout/rewards"].histogram) == 3
+    table = points["rollout/samples"]
+    assert table.columns[:3] == ["group_id", "prompt", "response"]
+    assert [row[:3] for row in table.data] == [[20, "1+1", "two: 2"], [20, "1+1", "3"], [21, "2+2", "?"], [21, "2+2", ""]]
+    assert "rollout/samples" not in others and others["eval/accuracy"] == 0.5
+
+
 def test_the_clock_adds_up_a_phase_and_keeps_totals(monkeypatch):
     now = iter([10.0, 11.5, 20.0, 20.25, 30.0, 34.0, 40.0, 41.0])
     monkeypatch.setattr("grpo.metrics.time.perf_counter", lambda: next(now))

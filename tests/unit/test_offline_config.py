@@ -60,6 +60,10 @@ BAD_VALUES = [
         "batch_size (8) must be a multiple of train.gradient_accumulation_steps (3) x train_model.num_devices (1)",
     ),
     ([DATA, "lora_path=adapter", "train_model.lora.r=4"], "lora_path (adapter) has its adapters' own settings"),
+    (
+        [DATA, "train_model.quantization.enabled=true"],
+        "train_model.quantization.enabled (True) needs train_model.lora.enabled=true or lora_path",
+    ),
     ([DATA, "objective=grpo"], "Could not override 'objective'"),
 ]
 

@@ -154,6 +154,51 @@ def test_offloaded_shards_take_the_same_steps_and_go_on_from_a_checkpoint(make_t
     assert largest_difference(results["adamw"], start) > 1e-3
 
 
+def eight_bit(make_trainer, monkeypatch, lora: LoraConfig | None = None, **optimizer) -> OfflineTrainerActor:
+    """A trainer whose parameters are large enough for states of 8 bits, small as they are."""
+    monkeypatch.setattr("grpo.adamw_8bit.MIN_NUMBERS", 1)
+    return make_trainer(lora=lora, optimizer=OptimizerConfig(name="adamw_8bit", lr=1e-2, warmup_steps=3, **optimizer))
+
+
+def of_eight_bits(trainer: OfflineTrainerActor) -> list[torch.Tensor]:
+    states = trainer.optimizer.state.values()
+    return [value.to_local().clone() for state in states for key, value in state.items() if key.endswith("_codes")]
+
+
+def test_with_states_of_8_bits_the_loss_falls_as_adamws_does(make_trainer, monkeypatch):
+    losses, rates = {}, {}
+    for name in ("adamw_8bit", "adamw"):
+        trainer = (
+            eight_bit(make_trainer, monkeypatch, clip_grad_norm=0.5)
+            if name == "adamw_8bit"
+            else make_trainer(optimizer=OptimizerConfig(name=name, lr=1e-2, warmup_steps=3, clip_grad_norm=0.5))
+        )
+        metrics = [step(trainer, GROUPS, [1, 2]) for _ in range(30)]
+        losses[name], rates[name] = ([row[f"train/{key}"] for row in metrics] for key in ("loss", "lr"))
+        assert len(of_eight_bits(trainer)) == (0 if name == "adamw" else 2 * 15)  # 7 weights in each of 2 layers, embeddings
+    assert rates["adamw_8bit"] == pytest.approx(rates["adamw"], rel=1e-6)
+    assert losses["adamw"][-1] < 0.2 * losses["adamw"][0]
+    assert losses["adamw_8bit"] == pytest.approx(losses["adamw"], abs=0.03 * losses["adamw"][0])
+
+
+@pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(enabled=True, r=16)], ids=["whole", "lora"])
+def test_states_of_8_bits_go_on_from_a_checkpoint_bit_for_bit(make_trainer, monkeypatch, tmp_path, lora):
+    trainer = eight_bit(make_trainer, monkeypatch, lora)
+    for _ in range(4):
+        step(trainer, GROUPS, [1, 2])
+    numbers = trainer.save(tmp_path)
+    step(trainer, GROUPS[::-1], [1, 2])  # while it is being written
+    trainer.saved(wait=True)
+    expected = [step(trainer, GROUPS, [1, 2]) for _ in range(2)], weights(trainer)
+    codes = of_eight_bits(trainer)
+    trainer = eight_bit(make_trainer, monkeypatch, lora)
+    trainer.load(tmp_path, numbers)
+    step(trainer, GROUPS[::-1], [1, 2])
+    assert [step(trainer, GROUPS, [1, 2]) for _ in range(2)] == expected[0]
+    assert largest_difference(weights(trainer), expected[1]) == 0
+    assert codes and all(torch.equal(a, b) for a, b in zip(of_eight_bits(trainer), codes, strict=True))
+
+
 def test_the_policys_scores_are_those_that_it_trains_on(make_trainer, model):
     batch = collate(GROUPS)
     there = batch["response_length"] > 0

@@ -1,9 +1,10 @@
 import pytest
 import torch
-from transformers import Qwen2Config
+from transformers import GPT2Config, Qwen2Config
 
 from grpo.builtin import Recipe, make_config, make_tokenizer
 from grpo.errors import ConfigError
+from grpo.four_bit import check_four_bit
 from grpo.launch import compose
 from grpo.models import num_parameters
 from grpo.plan import make_plan, resolve_device
@@ -72,6 +73,60 @@ def test_with_lora_only_the_adapters_have_gradients_and_optimiser_states_and_the
     assert plan.roles == {"trainer": 2, "inference": 1}
     both = plan_of("train_model.lora.enabled=true", "ref_model.num_devices=1")
     assert both.roles == {"trainer": 1, "inference": 1, "reference": 1}
+
+
+def test_states_of_8_bits_take_a_quarter():
+    exact, rounded = (plan_of(f"optimizer.name={name}") for name in ("adamw", "adamw_8bit"))
+    assert exact.memory_bytes["trainer"] - rounded.memory_bytes["trainer"] == 2 * 3 * exact.parameters
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [["train_model.lora.enabled=true", "train_model.quantization.enabled=true"], ["ref_model.quantization.enabled=true"]],
+)
+def test_four_bits_without_bitsandbytes_are_refused_before_anything_starts(monkeypatch, typed):
+    monkeypatch.setattr("grpo.four_bit.find_spec", lambda name: None)
+    key = typed[-1].split("=")[0]
+    with pytest.raises(ConfigError) as raised:
+        plan_of(*typed)
+    assert str(raised.value) == f"{key} (true) needs bitsandbytes: pip install bitsandbytes==0.50.2, or leave it false"
+
+
+def test_models_that_bitsandbytes_would_get_wrong_are_refused(monkeypatch):
+    monkeypatch.setattr("grpo.four_bit.find_spec", lambda name: name)
+    with pytest.raises(ConfigError, match=r"KEY \(true\): GPT2LMHeadModel keeps its weights transposed; leave it false"):
+        check_four_bit(GPT2Config(), "KEY")
+    narrow = Qwen2Config(hidden_size=96, intermediate_size=128, num_attention_heads=2, num_key_value_heads=2)
+    expected = (
+        r"KEY \(true\) needs layers whose inputs are a multiple of 64, and model.layers.0.self_attn.q_proj has 96: leave"
+    )
+    with pytest.raises(ConfigError, match=expected):
+        check_four_bit(narrow, "KEY")
+
+
+def test_a_base_in_four_bits_takes_an_eighth_and_is_whole_on_every_rank(monkeypatch):
+    monkeypatch.setattr("grpo.four_bit.find_spec", lambda name: name)  # counting needs no bitsandbytes
+    overrides = ("train_model.lora.enabled=true", "train_model.lora.r=4", "train_model.num_devices=2")
+    plain, rounded = plan_of(*overrides), plan_of(*overrides, "train_model.quantization.enabled=true")
+    recipe, head = Recipe(), Recipe().hidden_size // Recipe().heads
+    keys, hidden, wide = recipe.kv_heads * head, recipe.hidden_size, recipe.feed_forward
+    linear = recipe.layers * (2 * hidden * hidden + 2 * hidden * keys + 3 * hidden * wide)
+    assert (plain.in_four_bits, rounded.in_four_bits) == (0, linear)
+    saved = plain.memory_bytes["trainer"] - rounded.memory_bytes["trainer"]
+    assert saved == pytest.approx(4 * linear / 2 - linear * (0.5 + 1 / 64), abs=1)
+    config = compose("grpo_arithmetic", [CPU, *overrides, "train_model.quantization.enabled=true"])
+    assert "million parameters in float32, passes in float32, on a base with 0.393 million in 4 bits" in make_plan(
+        config
+    ).describe(config)
+    both = plan_of(*overrides, "train_model.quantization.enabled=true", "ref_model.num_devices=1")
+    kept = plan_of(
+        *overrides,
+        "train_model.quantization.enabled=true",
+        "ref_model.num_devices=1",
+        "ref_model.quantization.enabled=false",
+    )
+    difference = kept.memory_bytes["reference"] - both.memory_bytes["reference"]
+    assert difference == pytest.approx(linear * (4 - 0.5 - 1 / 64), abs=1)
 
 
 def test_the_reference_is_held_in_the_precision_of_the_passes():
@@ -166,6 +221,7 @@ def test_a_device_that_is_not_there_is_refused():
 
 def test_auto_takes_the_gpu_where_there_is_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     assert resolve_device("auto") == "cuda"
     assert resolve_device("cpu") == "cpu"
 
@@ -173,6 +229,7 @@ def test_auto_takes_the_gpu_where_there_is_one(monkeypatch):
 @pytest.mark.parametrize(("gpus", "share"), [(1, 1 / 3), (2, 1 / 2), (3, 1.0), (8, 1.0)])
 def test_processes_share_gpus_where_there_are_fewer(monkeypatch, gpus, share):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     assert plan_of("device=cuda").gpus_per_process == pytest.approx(share)
     assert f"{share:.2g} GPU a process" in plan_of("device=cuda").describe(compose("grpo_arithmetic", []))

@@ -1,0 +1,191 @@
+"""Asking a model: what is asked of which one, what comes back, and what is refused."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from grpo import generate, tasks, tool
+from grpo.config import EnvConfig, InferenceModelConfig, ModelConfig, RunConfig, TrainConfig
+from grpo.errors import ConfigError, DataError
+from grpo.inference import Sampling
+from grpo.models import load_tokenizer
+from grpo.offline_config import OfflineConfig
+from grpo.resume import write_config
+from grpo.rollout import Completions
+from grpo.standalone import Part
+
+from .conftest import DirectGrading
+
+ENV = EnvConfig(dataset="arithmetic", max_prompt_length=32)
+
+
+class Parrot:
+    """An engine that answers every prompt with the same text."""
+
+    def __init__(self, tokenizer, text: str, stopped: bool = True) -> None:
+        self.tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+        self.stopped, self.asked, self.seeds = stopped, [], []
+
+    def sample(self, prompts: list[list[int]], part: Part) -> Completions:
+        self.asked += prompts
+        self.seeds.append(part.seed)
+        n = len(prompts)
+        return Completions(
+            request_id=np.arange(n),
+            length=np.full(n, len(self.tokens)),
+            stopped=np.full(n, self.stopped),
+            tokens=np.array(self.tokens * n),
+            log_probs=np.zeros(n * len(self.tokens), dtype=np.float32),
+            versions=np.zeros(n * len(self.tokens), dtype=np.int32),
+        )
+
+
+def asker(model_path: str, text: str, stopped: bool = True, env: EnvConfig = ENV) -> generate.Asker:
+    tokenizer, task = load_tokenizer(model_path), tasks.load(env)
+    part = Part(Sampling(1, 24, 0.0), 7)
+    return generate.Asker(Parrot(tokenizer, text, stopped), tokenizer, task, tasks.grader(env), part, env.max_prompt_length)
+
+
+def write_run(run_dir: Path, config: RunConfig | OfflineConfig) -> Path:
+    (run_dir / "model").mkdir(parents=True)
+    write_config(config, run_dir)
+    return run_dir
+
+
+def test_a_response_comes_with_the_answer_that_the_task_reads_in_it(model_path):
+    asking = asker(model_path, "3+4=7<answer>7</answer>")
+    prompt = asking.encode("What is (1 + 2) + 4?")
+    assert prompt == tasks.encode(tasks.Problem("What is (1 + 2) + 4?", ""), asking.task, asking.tokenizer)
+    (response,) = asking.ask([prompt])
+    assert response == generate.Response("3+4=7<answer>7</answer>", "7", True)
+    assert response.shown() == "3+4=7<answer>7</answer>\nAnswer: 7\n"
+    (response,) = asker(model_path, "3+4", stopped=False).ask([prompt])
+    assert response.shown() == "3+4\n(cut at inference_model.max_tokens)\nAnswer: none that can be read\n"
+
+
+def test_a_run_is_asked_in_its_own_style(model_path):
+    env = EnvConfig(dataset="arithmetic", system_prompt="1+1", few_shot=1, max_prompt_length=200)
+    asking = asker(model_path, "7", env=env)
+    plain = asker(model_path, "7")
+    assert len(asking.encode("2")) > len(plain.encode("2"))
+    assert asking.task.system_prompt == "1+1" and len(asking.task.examples) == 1
+
+
+def test_a_prompt_longer_than_the_engine_was_made_for_is_refused(model_path):
+    asking = asker(model_path, "7")
+    length = len(tasks.encode(tasks.Problem("1" * 40, ""), asking.task, asking.tokenizer))
+    with pytest.raises(DataError, match=rf"the prompt has {length} tokens .* env.max_prompt_length \(32\): raise it"):
+        asking.encode("1" * 40)
+
+
+@pytest.mark.parametrize(
+    "dataset, response, parsed",
+    [
+        ("arithmetic", "3+4=7<answer>-7</answer>", "-7"),
+        ("arithmetic", "<answer>7</answer><answer>8</answer>", None),
+        ("gsm8k", "So 3 * 6 = 18.\n#### $1,800.50", "3601/2"),
+        ("gsm8k", "I do not know", None),
+        ("countdown", "<answer>(3 + 5) * 7 = 56</answer>", "(3 + 5) * 7"),
+        ("countdown", "<answer>3 +</answer>", None),
+        ("math", r"It is \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        ("math", "It is a half", None),
+        ("ifeval", " A poem. ", "A poem."),
+    ],
+)
+def test_each_task_reads_an_answer_without_knowing_the_right_one(dataset, response, parsed):
+    grader = tasks.grader(EnvConfig(dataset=dataset))
+    assert grader.parse(response) == parsed
+    if dataset not in ("ifeval", "math"):
+        shaped = tasks.grader(EnvConfig(dataset=dataset, reward_shape="format"))
+        assert shaped.parse(response) == parsed
+
+
+def test_what_is_read_is_what_a_grade_has():
+    task = tasks.load(ENV)
+    problems = task.problems("test")[:3]
+    for grade, text in zip(DirectGrading(task).grade(problems, TEXTS), TEXTS, strict=True):
+        assert grade.parsed == task.parse(text)
+
+
+TEXTS = ["1+1=2<answer>2</answer>", "<answer>−3</answer>", "<answer>"]
+
+
+def test_prompts_are_lines_or_objects_and_keep_what_else_they_have(model_path, tmp_path, capsys):
+    plain, rows = tmp_path / "p.txt", tmp_path / "p.jsonl"
+    plain.write_text("What is 1?\n\n  What is 2?\n")
+    assert generate.read_prompts(plain, []) == [{"prompt": "What is 1?"}, {"prompt": "What is 2?"}]
+    faults: list[str] = []
+    rows.write_text('{"question": "What is 3?", "answer": 7}\n{"prompt": 3}\nno\n{"prompt": "' + "1" * 40 + '"}\n')
+    found = generate.read_prompts(rows, faults)
+    assert found[0] == {"question": "What is 3?", "answer": 7}
+    assert [fault.split(":")[0] for fault in faults] == ["line 2", "line 3 is not JSON"]
+    asking, out = asker(model_path, "<answer>7</answer>"), tmp_path / "out.jsonl"
+    assert generate.ask_file(asking, found, out, faults) == 1
+    (line,) = map(json.loads, out.read_text().splitlines())
+    assert line == found[0] | {"response": "<answer>7</answer>", "parsed": "7", "finished": True}
+    assert faults[2].startswith("'1111")
+    generate.ask_file(asking, found[:1], None, faults)
+    assert capsys.readouterr().out == "> What is 3?\n<answer>7</answer>\nAnswer: 7\n\n"
+
+
+def test_a_conversation_asks_each_line_by_itself_until_there_is_none(model_path, monkeypatch, capsys):
+    asking = asker(model_path, "<answer>7</answer>")
+    lines = iter(["What is 1?", "  ", "1" * 40, "What is 1?"])
+
+    def typed(shown: str) -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", typed)
+    generate.converse(asking)
+    said = capsys.readouterr().out
+    assert said.count("Answer: 7") == 2 and said.count("env.max_prompt_length (32)") == 1
+    first, second = asking.engine.asked
+    assert first == second
+    assert len(set(asking.engine.seeds)) == 2  # with a temperature, other responses
+
+
+def test_the_model_is_a_runs_or_a_path_with_the_settings_of_its_task(tmp_path, monkeypatch):
+    own = RunConfig(
+        train=TrainConfig(total_dialog_turns=512),
+        env=ENV,
+        model=ModelConfig(name="x"),
+        inference_model=InferenceModelConfig(max_tokens=99),
+    )
+    run = write_run(tmp_path / "day" / "1", own)
+    for typed in (str(run), str(run / "model")):
+        config, model = generate.configure(typed, {"inference_model.temperature": "0.5"})
+        assert model == str(run / "model")
+        assert (config.env, config.inference_model.max_tokens, config.inference_model.temperature) == (ENV, 99, 0.5)
+    config, model = generate.configure("org/name", {"env.dataset": "countdown"})
+    assert (config.env.dataset, model) == ("countdown", "org/name")
+    offline = write_run(tmp_path / "offline", OfflineConfig(data="x.jsonl"))
+    config, model = generate.configure(str(offline), {"env.dataset": "arithmetic"})
+    assert (config.env.dataset, model) == ("arithmetic", str(offline / "model"))
+    monkeypatch.setattr(tool, "OUTPUTS", tmp_path)
+    assert generate.configure(None, {})[1] == str(run / "model")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["What", "is", "1?"], "there are 3 prompts: put one in quotes"),
+        (["What is x = 1?", "prompts=a.txt"], "give a prompt or prompts=FILE, not both"),
+        (["What is 1?", "out=a.jsonl"], r"out \(a.jsonl\) goes with prompts=FILE"),
+        ([], "there is nothing to ask"),
+        (["1", "temperature=-1"], r"temperature \(-1\) must be a number of at least 0"),
+        (["1", "train.epochs=2"], "train.epochs is not an argument here"),
+        (["prompts=none.txt"], r"prompts \(none.txt\): there is no such file"),
+        (["1", "model=m", "env.dataset=chess"], r"env.dataset \(chess\) has no config/grpo_chess.yaml"),
+    ],
+)
+def test_what_cannot_be_asked_is_said_before_anything_starts(arguments, message, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["generate", *arguments])
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
+    with pytest.raises(ConfigError, match=message):
+        generate.main()
