@@ -111,7 +111,7 @@ class Supervisor:
         """
         if not error.actor:
             raise error
-        where = f" (behind step {self.at()})" if self.at else ""
+        where = f", behind step {self.at()}" if self.at else ""
         if self.counts[error.actor] >= self.most:
             wrote = f"; it wrote last: {' | '.join(error.log)}" if error.log else ""
             raise ActorError(

@@ -40,12 +40,12 @@ def test_each_actor_is_started_again_as_often_as_allowed_and_roles_are_counted_t
     supervisor = Supervisor(RayConfig(max_restarts=2))
     assert supervisor.count(died("inference actor 0"), "") == "restart 1 of at most 2"
     supervisor.at = lambda: 7
-    assert supervisor.count(died(), "") == "restart 1 of at most 2 (behind step 7)"
-    assert supervisor.count(died(), "") == "restart 2 of at most 2 (behind step 7)"
+    assert supervisor.count(died(), "") == "restart 1 of at most 2, behind step 7"
+    assert supervisor.count(died(), "") == "restart 2 of at most 2, behind step 7"
     assert supervisor.restarts == {"inference": 3}
     with pytest.raises(
         ActorError,
-        match=r"^inference actor 1 died while sampling \(behind step 7\); it wrote last: one \| two; it was started again 2 "
+        match=r"^inference actor 1 died while sampling, behind step 7; it wrote last: one \| two; it was started again 2 "
         r"times, as often as ray.max_restarts allows; checkpoint_000003 is whole$",
     ):
         supervisor.count(died(log=("one", "two")), "checkpoint_000003 is whole")
