@@ -151,9 +151,11 @@ def read_pins(path: Path) -> Iterator[tuple[str, str]]:
 def make_model(path: str) -> None:
     """The built-in model as it is before its warm-up, which takes longer than all of this."""
     from transformers import Qwen2ForCausalLM
+    from transformers.utils import logging
 
     from grpo.builtin import Recipe, make_config, make_tokenizer
 
+    logging.disable_progress_bar()
     tokenizer = make_tokenizer()
     Qwen2ForCausalLM(make_config(Recipe(), tokenizer)).save_pretrained(path)
     tokenizer.save_pretrained(path)
