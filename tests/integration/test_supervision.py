@@ -28,7 +28,7 @@ from .test_async import ASYNC, each_group_once
 from .test_resume import ROOT, STEPS, TRANSFORMERS, Process, check_same
 
 HEARTBEAT = "ray.heartbeat_timeout_s=2"
-DYING = "GRPO_TEST_DYING"  # names the file at whose presence DyingEngine dies
+DYING = "GRPO_TEST_DYING"  # names the file at whose presence InferenceDying dies
 
 
 # How often a run comes to a phase, at least.
@@ -92,8 +92,8 @@ def test_an_asynchronous_run_whose_actors_die_and_hang_trains_on_each_prompt_onc
     assert run.summary["restarts"] == {"inference": 1, "collector": 1, "replay buffer": 1, "training": 1}
 
 
-class DyingEngine(InferenceActor):
-    """Dies at every start once a file is there."""
+class InferenceDying(InferenceActor):
+    """Dies at every start once a file is there. (Its name is how its process is found.)"""
 
     async def start(self) -> int:
         if os.path.exists(os.environ[DYING]):
@@ -106,7 +106,7 @@ def test_an_actor_that_dies_at_every_start_ends_the_run_with_its_last_words(tmp_
     run_dir, dying = tmp_path / "run", tmp_path / "dying"
     run_dir.mkdir()
     monkeypatch.setenv(DYING, str(dying))
-    monkeypatch.setattr(grpo_utils, "InferenceActor", DyingEngine)
+    monkeypatch.setattr(grpo_utils, "InferenceActor", InferenceDying)
     Faults([Fault("push", 2, "inference", SIGKILL)]).install(monkeypatch)
     push = grpo_utils.WeightPush.__call__
 
