@@ -5,6 +5,7 @@ Nothing else is changed: the parts are the real ones. A phase is one call of the
 
 import functools
 import importlib
+import ipaddress
 import os
 import random
 import signal
@@ -110,3 +111,15 @@ def processes(role: str) -> list[psutil.Process]:
 
 def _is_forkserver(process: psutil.Process) -> bool:
     return any("multiprocessing.forkserver" in part for part in process.cmdline())
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this machine can reach it."""
+    ip = ipaddress.ip_address(address)
+    return (getattr(ip, "ipv4_mapped", None) or ip).is_loopback
+
+
+def listening(process: psutil.Process) -> set[str]:
+    """The addresses that a process and those that it started listen to."""
+    family = [process, *process.children(recursive=True)]
+    return {c.laddr.ip for one in family for c in one.net_connections("inet") if c.status == psutil.CONN_LISTEN}
