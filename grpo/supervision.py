@@ -7,6 +7,7 @@ An actor answers heartbeats from a thread of its own, so a long step is no silen
 is counted here; that a run goes on exactly is the checkpoint's doing.
 """
 
+import math
 import os
 import re
 import signal
@@ -249,7 +250,7 @@ class Watch:
             f"Warning: {name} did not answer for {watched.silent_s:.0f} s (ray.heartbeat_timeout_s) and is ended",
             file=sys.stderr,
         )
-        watched.silent_s = 0.0
+        watched.silent_s = -math.inf  # until Ray has heard of it too
         if watched.pid_here is None:
             ray.kill(watched.actor, no_restart=False)
             return
