@@ -14,11 +14,9 @@ def train(run) -> None:
 
 def main(config: OfflineConfig, run_dir: Path) -> None:
     from grpo.offline import build  # here, so that a wrong key is answered before torch is imported
+    from grpo.supervision import supervised
 
-    with build(config, run_dir) as run:
-        run.begin()
-        train(run)
-        run.finish()
+    supervised(config, run_dir, build, train)
 
 
 if __name__ == "__main__":

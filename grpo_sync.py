@@ -15,12 +15,10 @@ def train(run) -> None:
 
 
 def main(config: RunConfig, run_dir: Path) -> None:
-    from grpo_utils import build  # here, so that a wrong key is answered before torch is imported
+    from grpo.supervision import supervised  # here, so that a wrong key is answered before torch is imported
+    from grpo_utils import build
 
-    with build(config, run_dir) as run:
-        run.begin()
-        train(run)
-        run.finish()
+    supervised(config, run_dir, build, train)
 
 
 if __name__ == "__main__":

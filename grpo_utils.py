@@ -6,7 +6,7 @@ starts.
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -21,23 +21,23 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo import builtin, tasks
 from grpo.admission import Admission, UniformAdmission
-from grpo.background import CollectorActor
+from grpo.background import BUFFER, CollectorActor
 from grpo.checkpoint import Checkpoint, CheckpointWriter
 from grpo.cluster import check_shared, join_ranks, on_node, reserve, start_actors, start_ray
 from grpo.collect import PromptEnv, PromptStream, make_finish
 from grpo.collector import GroupCollector, InferencePolicy
 from grpo.config import RunConfig
-from grpo.errors import ConfigError, RewardError
+from grpo.errors import ActorError, ConfigError, RewardError
 from grpo.grading import Failed, GradingPool, grading_pool
 from grpo.inference import InferenceActor, Sampling, engine_environment, engine_spec
 from grpo.metrics import Clock, RunLog
 from grpo.models import check_files, load_tokenizer
 from grpo.objectives.online import divisor
 from grpo.plan import Plan, make_plan
-from grpo.pools import EnginePool, ReferencePool, TrainerPool, WeightPush, named
-from grpo.preemption import REQUEST, listen
+from grpo.pools import EnginePool, ReferencePool, Revive, TrainerPool, WeightPush, named
+from grpo.preemption import REQUEST
 from grpo.reference import ReferenceActor
-from grpo.remote import LOOK_S, get_all
+from grpo.remote import HEARTBEATS, LOOK_S, get_all
 from grpo.replay import GroupBuffer, make_replay_buffer
 from grpo.resume import SUMMARY
 from grpo.rewards import load_reward_function
@@ -45,12 +45,14 @@ from grpo.run import Run
 from grpo.run_async import AsyncRun
 from grpo.run_sync import SyncRun
 from grpo.session import claimed
+from grpo.supervision import Supervisor
 from grpo.trainer import TrainerActor, TrainerSpec
 
 
 @contextmanager
-def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
+def build(config: RunConfig, run_dir: Path, supervisor: Supervisor | None = None) -> Iterator[Run]:
     """A run whose actors are up; leaving the context ends every process that it started."""
+    supervisor = supervisor or Supervisor(config.ray)
     plan = make_plan(config)
     torch.set_num_threads(max(plan.threads.values()))
     task = tasks.load(config.env)
@@ -67,14 +69,14 @@ def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
         if resumed is not None:
             check_resume(resumed, config, data["train"])
         grading = closing.enter_context(grading_pool(config.env))
+        closing.callback(lambda: supervisor.before.update(grading=grading.restarts))
         check_reward_function(grading, data["train"].problems[:group_size])
-        take_signals = closing.enter_context(listen(config.train.grace_s, config.train.max_wall_time))
         start_ray(config.ray, sum(plan.roles.values()), closing)
-        take_signals()
         check_shared(config.ray, plan.nodes, shared_paths(config, run_dir, model))
-        ranks, references, actors = _start_actors(config, plan, model)
+        ranks, references, actors = start_models(config, plan, model, supervisor)
+        watched = named("training", ranks) | named("reference", references) | named("inference", actors)
         timeout_s = config.ray.timeout_s
-        engines = EnginePool(actors, timeout_s)
+        engines = EnginePool(actors, timeout_s, min_engines=config.ray.min_engines)
         train = config.train
         trainer = TrainerPool(
             ranks,
@@ -85,6 +87,8 @@ def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
             divisor(config.objective.aggregation, config.inference_model.max_tokens),
         )
         push = connect(trainer, engines, plan.transport, config.inference_model.tensor_parallel_size, timeout_s)
+        if plan.transport == "shared_memory":
+            engines.revive = reviving(supervisor, push)
         reference, old = None, None
         if config.num_references:
             reference = ReferencePool(references, timeout_s, "reference", Lock())
@@ -104,15 +108,20 @@ def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
             )
             closing.callback(_end_background, make_run.keywords["background"])
         else:
-            buffer, collectors = start_collectors(config, plan, model, data["train"], actors, references)
+            buffer, collectors, start_collector = start_collectors(
+                config, plan, model, data["train"], actors, references, supervisor
+            )
+            watched |= {BUFFER: buffer} | collectors
             make_run = partial(
                 AsyncRun,
                 buffer=buffer,
                 collectors=collectors,
+                start_collector=start_collector,
                 stream=stream,
                 sampling=sampling(config),
                 admission=make_admission(config),
             )
+        closing.enter_context(supervisor.watching(watched))
         log = RunLog(run_dir, config, None if resumed is None else resumed.state["log"])
         closing.callback(log.abandon)
         writer = CheckpointWriter(run_dir, train.keep_checkpoints, trainer, resumed)
@@ -131,6 +140,7 @@ def build(config: RunConfig, run_dir: Path) -> Iterator[Run]:
             log=log,
             writer=writer,
             resumed=resumed,
+            supervisor=supervisor,
         )
         with run.kept():
             yield run
@@ -205,10 +215,13 @@ def shared_paths(config: RunConfig, run_dir: Path, model: str) -> list[str]:
     return [str(run_dir), *([model] if os.path.isdir(model) else []), *code]
 
 
-def _start_actors(
-    config: RunConfig, plan: Plan, model: str
+def start_models(
+    config: RunConfig, plan: Plan, model: str, supervisor: Supervisor
 ) -> tuple[list[ActorHandle], list[ActorHandle], list[ActorHandle]]:
-    """Start the actors side by side and wait until each has its model: (training ranks, references, engines)."""
+    """Start the actors side by side and wait until each has its model: (training ranks, references, engines).
+
+    Ray starts references again that die, and engines where the last push is still there for them; all else is started anew.
+    """
 
     parallel = config.inference_model.tensor_parallel_size
     gpus = {role: plan.gpus_per_process * (parallel if role == "inference" else 1) for role in plan.roles}
@@ -217,7 +230,11 @@ def _start_actors(
     def start(role: str, cls: type, environment: dict[str, str], *arguments) -> list[ActorHandle]:
         if role not in places:
             return []
-        return start_actors(cls, places[role], plan.device, gpus[role], plan.threads[role], environment, *arguments)
+        restarts = None
+        if role == "reference" or (role == "inference" and plan.transport == "shared_memory"):
+            restarts = [supervisor.left(name) for name in named(role, places[role])]
+        threads = plan.threads[role]
+        return start_actors(cls, places[role], plan.device, gpus[role], threads, environment, *arguments, restarts=restarts)
 
     inference, attention = config.inference_model, config.model.attn_implementation
     spec = engine_spec(config, model, plan.device)
@@ -266,20 +283,33 @@ def connect(
         return get_all(calls, timeout_s, doing)
 
     first, actors = trainer.actors[0], engines.actors
+    sender = next(iter(named("training", trainer.actors)))
     dtype, *_ = ask(named("inference", [actor.weights_dtype.remote() for actor in actors]), "telling its dtype")
     num_receivers = len(actors) * processes_per_engine
     # Less time than the driver has: their errors say more.
-    opening = {"the first training actor": first.open_pushes.remote(transport, dtype, num_receivers, 0.8 * timeout_s)}
+    opening = {sender: first.open_pushes.remote(transport, dtype, num_receivers, 0.8 * timeout_s)}
     description, aliases, own_dtype = ask(opening, "preparing weight pushes")[0]
-    joining = {"the first training actor": first.join_pushes.remote()}
-    for i, engine in enumerate(named("inference", actors)):
-        call = actors[i].connect.remote(description, engine, i * processes_per_engine, list(aliases))
-        joining[engine] = call
+    joining = {sender: first.join_pushes.remote()}
+    first_index = {engine: i * processes_per_engine for i, engine in enumerate(engines.by_name)}
+
+    def join(engine: str) -> ObjectRef:
+        return engines.by_name[engine].connect.remote(description, engine, first_index[engine], list(aliases))
+
+    joining |= {engine: join(engine) for engine in engines.by_name}
     _, *projected = ask(joining, "connecting trainer and engines")
     packed = sorted({aliases.get(name, name) for names in projected for name in names})
-    ask({"the first training actor": first.project.remote(packed)}, "preparing weight pushes")
+    ask({sender: first.project.remote(packed)}, "preparing weight pushes")
     coarser = min(dtype, own_dtype, key=lambda name: -torch.finfo(getattr(torch, name)).eps)
-    return WeightPush(trainer, engines, aliases, coarser, timeout_s)
+    return WeightPush(trainer, engines, aliases, coarser, timeout_s, join)
+
+
+def reviving(supervisor: Supervisor, push: WeightPush) -> Revive:
+    """How an engine that has died comes back in its place, with the weights of the last push if it is to have them."""
+
+    def revive(name: str, actor: ActorHandle, error: ActorError, load: bool) -> None:
+        supervisor.bring_back(name, actor, error, actor.start.remote, partial(push.repeat, name, load))
+
+    return revive
 
 
 def make_collector(
@@ -316,22 +346,27 @@ def start_collectors(
     data: tasks.EncodedProblems,
     engines: list[ActorHandle],
     references: list[ActorHandle],
-) -> tuple[ActorHandle, dict[str, ActorHandle]]:
-    """The replay buffer's actor, and a collector on each engine's node, by the names that errors use.
+    supervisor: Supervisor,
+) -> tuple[ActorHandle, dict[str, ActorHandle], Callable[[str], ObjectRef]]:
+    """The replay buffer's actor, a collector on each engine's node, by the names that errors use, and what starts one again.
 
     The buffer is started by TorchRL's `as_remote`, not as its RayReplayBuffer, whose calls have no deadline.
     """
-    resources = {"num_cpus": 0, "num_gpus": 0}
+    resources = {"num_cpus": 0, "num_gpus": 0, "concurrency_groups": HEARTBEATS}
     buffer = GroupBuffer.as_remote(resources).options(resources=on_node(config.ray, plan.nodes[0])).remote()
     shared, names = ray.put(data), list(named("inference", engines))
     collector = ray.remote(**resources, max_concurrency=3)(CollectorActor)
+    lives = [supervisor.left(name) for name in named("collector", engines)]
     actors = [
-        collector.options(resources=on_node(config.ray, node)).remote(
-            config, model, shared, engine, name, references, buffer
-        )
-        for engine, name, node in zip(engines, names, plan.nodes_of["inference"], strict=True)
+        collector.options(resources=on_node(config.ray, node), max_restarts=left).remote(config, model, name)
+        for name, node, left in zip(names, plan.nodes_of["inference"], lives, strict=True)
     ]
     collectors = named("collector", actors)
-    starting = {name: actor.start.remote() for name, actor in collectors.items()}
+    engine_of = dict(zip(collectors, engines, strict=True))
+
+    def start_collector(name: str) -> ObjectRef:
+        return collectors[name].start.remote(shared, engine_of[name], references, buffer)
+
+    starting = {name: start_collector(name) for name in collectors} | {BUFFER: buffer.look.remote()}
     get_all(starting, config.ray.start_timeout_s, "starting", "ray.start_timeout_s")
-    return buffer, collectors
+    return buffer, collectors, start_collector

@@ -22,6 +22,7 @@ from tensordict import TensorDict
 
 from grpo.collect import Finish, PromptEnv, PromptStream, graded_turn, make_finish
 from grpo.config import RunConfig
+from grpo.errors import ActorError
 from grpo.grading import grading_pool
 from grpo.metrics import Clock
 from grpo.models import load_tokenizer
@@ -63,30 +64,26 @@ class BackgroundEnv(PromptEnv):
 class CollectorActor:
     """A Ray actor beside one engine, called `engine_name` in errors."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        model: str,
-        data: EncodedProblems,
-        engine: ActorHandle,
-        engine_name: str,
-        references: list[ActorHandle],
-        buffer: ActorHandle,
-    ) -> None:
-        self.config, self.model, self.data = config, model, data
-        self.engine, self.engine_name, self.references, self.buffer = engine, engine_name, references, buffer
+    def __init__(self, config: RunConfig, model: str, engine_name: str) -> None:
+        self.config, self.model, self.engine_name = config, model, engine_name
         self.sampled, self.ended = Waiting(), Event()
+        self.lanes: list[tuple[BackgroundEnv, Finish]] = []
+        self.in_hand: set[int] = set()  # groups that were taken and are not in the buffer
 
-    def start(self) -> int:
-        """Start the grading processes; returns the process id."""
+    def start(self, data: EncodedProblems, engine: ActorHandle, references: list[ActorHandle], buffer: ActorHandle) -> int:
+        """Start the grading processes; returns the process id. `data`: the training problems.
+
+        What is held by reference is not for the constructor: Ray does not promise to have it where it starts one again.
+        """
         torch.set_num_threads(1)
-        config, env = self.config, self.config.env
+        config, env, self.data = self.config, self.config.env, data
+        self.engine, self.buffer = engine, buffer
         self.stream = PromptStream(len(self.data.problems), config.seed)
         tokenizer = load_tokenizer(self.model)
         reference = None
-        if self.references:
-            reference = ReferencePool(self.references, config.ray.timeout_s, "reference", Lock())
-        self.closing, self.lanes = ExitStack(), []
+        if references:
+            reference = ReferencePool(references, config.ray.timeout_s, "reference", Lock())
+        self.closing = ExitStack()
         for _ in range(env.grading_processes):
             grading = self.closing.enter_context(grading_pool(env, num_workers=1))
             lane = BackgroundEnv((), grading, self.data, self.stream, tokenizer, Clock())
@@ -105,6 +102,13 @@ class CollectorActor:
     def end(self) -> None:
         self.ended.set()
 
+    def holding(self) -> list[int]:
+        """The ids of the groups that were taken and are not in the buffer."""
+        return list(self.in_hand)
+
+    def grading_restarts(self) -> int:
+        return sum(env.grading.restarts for env, _ in self.lanes)
+
     def phases(self) -> dict[str, float]:
         """Seconds spent grading and waiting for the reference so far, over all threads."""
         return {name: sum(env.clock.total[name] for env, _ in self.lanes) for name in ("reward", "reference")}
@@ -112,10 +116,17 @@ class CollectorActor:
     def _take(self) -> None:
         timeout_s = self.config.ray.timeout_s
         while not self.ended.is_set():
-            parts = get(self.engine.take.remote(LOOK_S), timeout_s, self.engine_name, "sampling")
+            try:
+                parts = get(self.engine.take.remote(LOOK_S), timeout_s, self.engine_name, "sampling")
+            except ActorError as error:
+                if not error.died:
+                    raise
+                self.ended.wait(LOOK_S)  # the driver starts it again, or goes on without it
+                continue
             if parts:
-                self.sampled.put(parts)
                 ids = [i for part in parts for i in set(part.request_id.tolist())]
+                self.in_hand.update(ids)
+                self.sampled.put(parts)
                 get(self.buffer.note_sampled.remote(ids), timeout_s, BUFFER, f"hearing of {len(ids)} sampled groups")
 
     def _collect(self, env: PromptEnv, finish: Finish) -> None:
@@ -131,6 +142,7 @@ class CollectorActor:
         notes = {int(group["group_id"][0]): group["record"].grades for group in dropped}
         calls = [self.buffer.extend.remote(list(kept)), self.buffer.drop.remote(notes)]
         get(calls, self.config.ray.timeout_s, BUFFER, f"taking {len(groups)} groups")
+        self.in_hand.difference_update(groups["group_id"][:, 0].tolist())
 
     def _rollouts(self, completions: Completions) -> TensorDict:
         """Whole groups [G, K]; an engine's request ids are group ids."""

@@ -3,10 +3,13 @@
 On a cluster every process has its place on a planned node, all of them reserved at once by a placement group.
 """
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 
+import psutil
 import ray
+from ray._private import ray_constants
 from ray.actor import ActorHandle
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -15,7 +18,10 @@ from grpo.config import RayConfig
 from grpo.errors import ActorError, ConfigError
 from grpo.nodes import Node, find_address, join_cluster, missing, node_resource, worker_environment
 from grpo.pools import named
-from grpo.remote import get, get_all
+from grpo.preemption import REQUEST, take_signals
+from grpo.remote import HEARTBEATS, get, get_all
+
+END_S = 1.0  # that Ray's processes have to end by themselves
 
 Place = PlacementGroupSchedulingStrategy | str  # as Ray's options have it
 ANYWHERE = "DEFAULT"
@@ -25,6 +31,17 @@ def start_ray(config: RayConfig, num_processes: int, closing: ExitStack) -> None
     """Start Ray for `num_processes` actors, or join the cluster at ray.address; `closing` ends it, or leaves it."""
     address = find_address(config)
     if address is None:
+        _start_own(config, num_processes, closing)
+    else:
+        join_cluster(address)
+        closing.callback(ray.shutdown)
+    take_signals()  # Ray takes SIGTERM for itself
+    REQUEST.ended = False
+
+
+def _start_own(config: RayConfig, num_processes: int, closing: ExitStack) -> None:
+    others = set(psutil.Process().children())
+    with _on_loopback():
         ray.init(
             address="local",
             num_cpus=num_processes,
@@ -35,9 +52,38 @@ def start_ray(config: RayConfig, num_processes: int, closing: ExitStack) -> None
             logging_level="error",
             runtime_env={"env_vars": worker_environment()},
         )
-    else:
-        join_cluster(address)
-    closing.callback(ray.shutdown)
+    closing.callback(_end_ray, [child for child in psutil.Process().children() if child not in others])
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Have Ray listen to this machine alone.
+
+    It does where it takes 127.0.0.1 for its address, which it refuses to be told, and finds by itself where it believes that
+    this system is none for clusters.
+    """
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def _end_ray(daemons: list[psutil.Process]) -> None:
+    """End Ray and whatever `daemons` started, with those that are stopped and would not hear of it."""
+    family = list(daemons)
+    for daemon in daemons:
+        with suppress(psutil.NoSuchProcess):
+            family += daemon.children(recursive=True)
+    for process in family:
+        with suppress(psutil.NoSuchProcess):
+            if process.status() == psutil.STATUS_STOPPED:
+                process.kill()
+    ray.shutdown()
+    _, left = psutil.wait_procs(family, timeout=END_S)
+    for process in left:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def check_shared(config: RayConfig, nodes: list[Node], paths: list[str]) -> None:
@@ -83,22 +129,40 @@ def on_node(config: RayConfig, node: Node) -> dict[str, float]:
 
 
 def start_actors(
-    cls: type, places: list[Place], device: str, gpus: float, threads: int, environment: dict[str, str], *arguments
+    cls: type,
+    places: list[Place],
+    device: str,
+    gpus: float,
+    threads: int,
+    environment: dict[str, str],
+    *arguments,
+    restarts: list[int] | None = None,
 ) -> list[ActorHandle]:
-    """An actor of `cls` at each of `places`, with its share of the machine; they are not waited for."""
+    """An actor of `cls` at each of `places`, with its share of the machine; they are not waited for.
+
+    Ray starts each of them again as often as `restarts` has it, without what it was told before.
+    """
     common = {"OMP_NUM_THREADS": str(threads)}
     if device == "cpu":
         # Large tensors come from the heap, which keeps its pages: faulting them in anew costs a push a third of its time.
         common |= {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33), "MALLOC_ARENA_MAX": "1"}
         # Idle OpenMP threads spin by default, on cores that other actors compute on: pushes took four times as long.
         common |= {"GOMP_SPINCOUNT": "30000"}
-    options = {"num_cpus": 1, "num_gpus": gpus, "runtime_env": {"env_vars": common | environment}}
-    return [ray.remote(**options, scheduling_strategy=place)(cls).remote(*arguments) for place in places]
+    options = {
+        "num_cpus": 1,
+        "num_gpus": gpus,
+        "runtime_env": {"env_vars": common | environment},
+        "concurrency_groups": HEARTBEATS,
+    }
+    return [
+        ray.remote(**options, scheduling_strategy=place, max_restarts=most)(cls).remote(*arguments)
+        for place, most in zip(places, restarts or [0] * len(places), strict=True)
+    ]
 
 
 def join_ranks(trainers: list[ActorHandle], config: RayConfig, starting: dict | None = None) -> None:
     """Have the training ranks meet and load the model, and wait until they and what else is `starting` are up."""
     timeout, key = config.start_timeout_s, "ray.start_timeout_s"
-    rendezvous = get(trainers[0].open_rendezvous.remote(), timeout, "the first training actor", "starting", key)
+    rendezvous = get(trainers[0].open_rendezvous.remote(), timeout, next(iter(named("training", trainers))), "starting", key)
     ranks = [actor.start.remote(rank, len(trainers), rendezvous, config.timeout_s) for rank, actor in enumerate(trainers)]
     get_all((starting or {}) | named("training", ranks), timeout, "starting", key)

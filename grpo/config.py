@@ -381,9 +381,21 @@ class RayConfig:
     object_store_memory: int = 256 << 20  # bytes
     start_timeout_s: float = 300.0  # seconds until an actor has loaded its model
     timeout_s: float = 600.0  # seconds for any other call to an actor
+    heartbeat_timeout_s: float = 30.0  # an actor that neither answers nor computes for so long is ended, and started again
+    max_restarts: int = 3  # times that an actor is started again after it died; 0: the run ends
+    min_engines: int | None = None  # with which the run goes on where others are gone for good; null: all
 
     def __post_init__(self) -> None:
-        _at_least("ray", self, 1, "start_timeout_s", "timeout_s")
+        _at_least("ray", self, 1, "start_timeout_s", "timeout_s", "heartbeat_timeout_s")
+        _at_least("ray", self, 0, "max_restarts")
+        if self.min_engines is not None:
+            _at_least("ray", self, 1, "min_engines")
+        _check(
+            self.heartbeat_timeout_s < self.timeout_s,
+            "ray.heartbeat_timeout_s",
+            self.heartbeat_timeout_s,
+            f"must be below ray.timeout_s ({self.timeout_s:g}), or a stopped actor is not found out",
+        )
         _at_least("ray", self, 80 << 20, "object_store_memory")
         _one_of("ray.placement", self.placement, ("spread", "pack"))
         _check(
@@ -508,6 +520,13 @@ class RunConfig:
             "objective.ot_anchor",
             self.objective.ot_anchor,
             "must be reference in mode=async, where there is no first step of a collection",
+        )
+        engines, least = self.inference_model.num_devices, self.ray.min_engines
+        _check(
+            least is None or least <= engines,
+            "ray.min_engines",
+            least,
+            f"must be at most inference_model.num_devices ({engines})",
         )
         _check(
             self.device != "mps" or self.inference_model.backend == "transformers",

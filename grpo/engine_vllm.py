@@ -4,8 +4,10 @@ Weights come through vLLM's weight-transfer registry, see grpo/vllm_worker.py.
 """
 
 import math
+import os
 
 import numpy as np
+import psutil
 from vllm import EngineArgs, SamplingParams
 from vllm.config import WeightTransferConfig
 from vllm.outputs import RequestOutput
@@ -14,6 +16,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from grpo.errors import PushError, one_line
 from grpo.inference import EngineSpec, Request
+from grpo.leftovers import claim_segments
 from grpo.models import kv_cache_bytes, read_config
 from grpo.rollout import Completions
 from grpo.vllm_worker import TRANSFER, WorkerExtension, combine
@@ -61,6 +64,8 @@ class VLLMEngine:
                 **memory,
             )
         )
+        if spec.tensor_parallel_size > 1:  # its processes share memory under names of their own, and leave it when killed
+            claim_segments([os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))])
         self.dtype = str(self.engine.model_config.dtype).removeprefix("torch.")
         self.policy_version = 0
         self.ahead: list[Completions] = []  # finished while a probe was answered

@@ -34,7 +34,19 @@ class CheckpointError(UserError):
 
 
 class ActorError(UserError):
-    """An actor that died, or did not answer by its deadline."""
+    """An actor that died, or did not answer by its deadline.
+
+    `actor` is its name, where one is to blame: restarts are counted for it. `log` are the last lines that it wrote. `died`
+    says that it did, or that it was started again and has lost what it had.
+    """
+
+    def __init__(self, message: str, actor: str = "", log: tuple[str, ...] = (), died: bool = False) -> None:
+        super().__init__(message)
+        self.actor, self.log, self.died = actor, log, died
+
+
+class Restarted(Exception):
+    """Raised by an actor that was started again, and has not yet what it is asked for."""
 
 
 def one_line(error: BaseException) -> str:

@@ -4,7 +4,7 @@
            <─result─           one by one, so that a worker that hangs or dies is known to have done so on which item
 
 A worker that does not answer in time, needs more memory than it may have, or dies, is replaced; the item it was at has
-failed, and the others go on.
+failed, and the others go on. Where the process was killed or stopped by others, the item gets a second chance.
 """
 
 import errno
@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+import psutil
 
 from grpo import tasks
 from grpo.config import EnvConfig
@@ -36,6 +38,7 @@ class Failed:
 
     outcome: str  # timed_out or grader_error
     note: str
+    from_outside: bool = False  # the process was killed or stopped: that says nothing of the response
 
     @property
     def grade(self) -> Grade:
@@ -64,6 +67,7 @@ class GradingPool:
         self.context.set_forkserver_preload([__name__, *_modules(grader)])
         self.arguments = grader, reward_function, memory_gb
         self.workers = [_Worker(self.context, self.arguments) for _ in range(num_workers)]
+        self.restarts = 0  # of processes that were replaced
 
     def __enter__(self) -> "GradingPool":
         return self
@@ -95,6 +99,7 @@ class GradingPool:
         size = max(1, min(CHUNK, -(-len(items) // (2 * len(self.workers)))))
         waiting = deque(deque(range(i, min(i + size, len(items)))) for i in range(0, len(items), size))
         lost = 0  # processes that died with nothing to do
+        again: set[int] = set()  # items that are graded once more
         while waiting or any(worker.doing for worker in self.workers):
             for i, worker in enumerate(self.workers):
                 if not waiting or not worker.ready or worker.doing or worker.begin(waiting, method, items, timeout_s):
@@ -102,8 +107,7 @@ class GradingPool:
                 lost += 1
                 if lost > 2 * len(self.workers):
                     raise ActorError(f"{lost} grading processes died before they graded anything")
-                worker.end()
-                self.workers[i] = _Worker(self.context, self.arguments)
+                self._replace(i)
             deadline = min(worker.deadline for worker in self.workers if worker.doing or not worker.ready)
             arrived = wait([worker.connection for worker in self.workers], max(0.0, deadline - time.monotonic()))
             for i, worker in enumerate(self.workers):
@@ -112,18 +116,26 @@ class GradingPool:
                     failed = worker.take(results, timeout_s)
                 elif worker.is_late():
                     limit = timeout_s if worker.ready else START_TIMEOUT_S
-                    failed = Failed("timed_out", f"no answer within {limit:g} s")
+                    failed = Failed("timed_out", f"no answer within {limit:g} s", worker.is_stopped())
                 if failed is None:
                     continue
                 if not worker.ready:
-                    raise ActorError(f"a grading process could not start: {failed.note}")
-                worker.end()
-                if worker.doing:
+                    lost += 1
+                    if not failed.from_outside or lost > 2 * len(self.workers):
+                        raise ActorError(f"a grading process could not start: {failed.note}")
+                self._replace(i)
+                if worker.doing and failed.from_outside and worker.doing[0] not in again:
+                    again.add(worker.doing[0])
+                elif worker.doing:
                     results[worker.doing.popleft()] = failed
-                    if worker.doing:
-                        waiting.appendleft(worker.doing)
-                self.workers[i] = _Worker(self.context, self.arguments)
+                if worker.doing:
+                    waiting.appendleft(worker.doing)
         return results
+
+    def _replace(self, index: int) -> None:
+        self.workers[index].end()
+        self.workers[index] = _Worker(self.context, self.arguments)
+        self.restarts += 1
 
 
 def grading_pool(config: EnvConfig, num_workers: int | None = None) -> GradingPool:
@@ -172,7 +184,8 @@ class _Worker:
             self.process.join(1.0)
             if self.process.exitcode == OUT_OF_MEMORY:
                 return Failed("grader_error", f"it needed more than env.grading_memory_gb ({self.arguments[-1]:g})")
-            return Failed("grader_error", f"the grading process ended with code {self.process.exitcode}")
+            code = self.process.exitcode
+            return Failed("grader_error", f"the grading process ended with code {code}", code == -signal.SIGKILL)
         if not self.ready:
             self.ready = True
             return None
@@ -182,6 +195,12 @@ class _Worker:
 
     def is_late(self) -> bool:
         return (bool(self.doing) or not self.ready) and time.monotonic() > self.deadline
+
+    def is_stopped(self) -> bool:
+        try:
+            return psutil.Process(self.process.pid).status() == psutil.STATUS_STOPPED
+        except psutil.NoSuchProcess:
+            return False
 
     def end(self) -> None:
         self.process.kill()

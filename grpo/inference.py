@@ -21,6 +21,7 @@ from typing import Protocol
 import numpy as np
 
 from grpo.config import RunConfig
+from grpo.errors import Restarted
 from grpo.nodes import use_node_interface
 from grpo.rollout import Completions
 from grpo.weight_sync import Receipt
@@ -165,6 +166,11 @@ class InferenceActor:
         self.busy_s = 0.0
         self.draining = False
 
+    def __getattr__(self, name: str) -> None:
+        if name == "engine":  # which `start` makes: this process took the place of one that had died
+            raise Restarted
+        raise AttributeError(name)
+
     async def start(self) -> int:
         """Load the model; returns the process id."""
         use_node_interface()
@@ -212,6 +218,12 @@ class InferenceActor:
                 while not self.stream.finished:
                     await self._next(self.stream)
         return self.stream.take()
+
+    async def holding(self) -> list[int]:
+        """The ids of what was submitted and not taken."""
+        ids = [request.request_id for request in self.held]
+        ids += [i for inbox, i in self.asked.values() if inbox is self.stream]
+        return ids + [i for finished in self.stream.finished for i in set(finished.request_id.tolist())]
 
     async def hold_nothing(self) -> None:
         """Give up what was submitted and is not the engine's yet."""

@@ -21,16 +21,18 @@ from grpo.offline_config import OfflineConfig
 from grpo.offline_plan import OfflinePlan, make_plan
 from grpo.offline_run import OfflineRun, differing
 from grpo.offline_trainer import OfflineTrainerActor, OfflineTrainerPool, PolicyPool
-from grpo.preemption import listen
+from grpo.pools import named
 from grpo.resume import SUMMARY
 from grpo.scored import EncodedGroups, encode_groups, hold_out, read_groups
 from grpo.session import claimed
+from grpo.supervision import Supervisor
 from grpo.trainer import TrainerSpec
 
 
 @contextmanager
-def build(config: OfflineConfig, run_dir: Path) -> Iterator[OfflineRun]:
+def build(config: OfflineConfig, run_dir: Path, supervisor: Supervisor | None = None) -> Iterator[OfflineRun]:
     """A run whose ranks are up; leaving the context ends every process that it started."""
+    supervisor = supervisor or Supervisor(config.ray)
     plan = make_plan(config)
     model = builtin.resolve(config.model.name, config.model.cache_dir)
     check_files(model)
@@ -40,11 +42,10 @@ def build(config: OfflineConfig, run_dir: Path) -> Iterator[OfflineRun]:
         resumed = closing.enter_context(claimed(run_dir, config.resume))
         if resumed is not None:
             check_resume(resumed, config, train, num_steps)
-        take_signals = closing.enter_context(listen(config.train.grace_s, config.train.max_wall_time))
         start_ray(config.ray, config.train_model.num_devices, closing)
-        take_signals()
         check_shared(config.ray, plan.nodes, [str(run_dir), *([model] if os.path.isdir(model) else [])])
         ranks, timeout_s = start_ranks(config, plan, model), config.ray.timeout_s
+        closing.enter_context(supervisor.watching(named("training", ranks)))
         trainer = OfflineTrainerPool(ranks, config.train.gradient_accumulation_steps, None, timeout_s)
         position = None if resumed is None else resumed.state["log"]
         log = RunLog(run_dir, config, position, num_steps, (METRICS_FILE,))
@@ -62,6 +63,7 @@ def build(config: OfflineConfig, run_dir: Path) -> Iterator[OfflineRun]:
             log=log,
             writer=writer,
             resumed=resumed,
+            supervisor=supervisor,
         )
         with run.kept():
             yield run

@@ -4,7 +4,9 @@ Each pool answers the same whatever the number of its actors: batches are split 
 over the whole, and answers come back in the order of the questions.
 """
 
-from collections.abc import Callable
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -15,11 +17,14 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 from tensordict import TensorDict
 
-from grpo.errors import PushError
+from grpo.errors import ActorError, PushError
 from grpo.inference import Request, Sampling
-from grpo.remote import get_all, get_done
+from grpo.remote import Again, get, get_all, get_done, wait_until_back
 from grpo.rollout import Completions
 from grpo.weight_sync import Sent, verify
+
+# Starts the engine of that name again after the error, and has it take part in pushes, with the last one's weights or not.
+Revive = Callable[[str, ActorHandle, ActorError, bool], None]
 
 
 def named(role: str, values: list) -> dict[str, object]:
@@ -28,47 +33,91 @@ def named(role: str, values: list) -> dict[str, object]:
 
 
 class EnginePool:
-    """The inference actors."""
+    """The inference actors.
 
-    def __init__(self, actors: list[ActorHandle], timeout_s: float) -> None:
-        self.actors, self.timeout_s = actors, timeout_s
+    With `revive` one that has died is started again where it is, has the weights that it had, and is asked once more; where
+    that is no longer possible the others go on without it, as long as there are `min_engines`.
+    """
+
+    def __init__(
+        self, actors: list[ActorHandle], timeout_s: float, revive: Revive | None = None, min_engines: int | None = None
+    ) -> None:
+        self.by_name: dict[str, ActorHandle] = named("inference", actors)
+        self.timeout_s, self.revive = timeout_s, revive
+        self.min_engines = len(actors) if min_engines is None else min_engines
         self.submitting: list[dict[str, ObjectRef]] = []
-        self.running: dict[int, int] = {}  # which engine responds to a prompt that was submitted, by its id
+        self.running: dict[int, str] = {}  # which engine responds to a prompt that was submitted, by its id
+
+    @property
+    def actors(self) -> list[ActorHandle]:
+        return list(self.by_name.values())
+
+    def again(self, method: str, *arguments, load: bool = True) -> Again | None:
+        """For `get_all`: an engine that has died is brought back (with `load` to the last push), and called once more."""
+        if self.revive is None:
+            return None
+
+        def once_more(name: str, error: ActorError) -> ObjectRef | None:
+            if not self.bring_back(name, error, load):
+                return None
+            return getattr(self.by_name[name], method).remote(*arguments)
+
+        return once_more
+
+    def bring_back(self, name: str, error: ActorError, load: bool = True) -> bool:
+        """Whether the engine is there again; if not, the others go on without it."""
+        try:
+            self.revive(name, self.by_name[name], error, load)
+        except ActorError as gone:
+            if gone.actor != name or len(self.by_name) <= self.min_engines:
+                raise
+            del self.by_name[name]
+            print(f"Warning: {gone}; the run goes on with the others (ray.min_engines)", file=sys.stderr)
+            return False
+        return True
+
+    def check(self) -> None:
+        """Have back what has died."""
+        get_all(self._all("weights_dtype"), self.timeout_s, "telling whether it is there", again=self.again("weights_dtype"))
 
     def submit(self, ids: list[int], prompts: list[list[int]], sampling: Sampling, seed: int) -> None:
         """Have the engines respond to `prompts`, each at the engine that has least to do; collectors take the responses.
 
-        Nobody waits for an engine in the midst of a long step: an error of its is raised at a later call.
+        Nobody waits for an engine in the midst of a long step: an error of its is raised at a later call. A death is not:
+        whoever watches the engine hears of it.
         """
-        load = [0] * len(self.actors)
-        for engine in self.running.values():
-            load[engine] += 1
-        shares: dict[int, list[Request]] = {}
+        load = Counter(self.running.values())
+        shares: dict[str, list[Request]] = {}
         for i, prompt in zip(ids, prompts, strict=True):
-            engine = load.index(min(load))
+            engine = min(self.by_name, key=load.__getitem__)
             load[engine] += 1
             self.running[i] = engine
             shares.setdefault(engine, []).append(Request(i, prompt, sampling))
-        names = list(named("inference", self.actors))
-        calls = {names[engine]: self.actors[engine].submit.remote(its, seed + engine) for engine, its in shares.items()}
-        self.submitting = [*filter(None, (get_done(earlier, "taking prompts") for earlier in self.submitting)), calls]
+        seeds = {name: seed + i for i, name in enumerate(self.by_name)}
+        calls = {name: self.by_name[name].submit.remote(its, seeds[name]) for name, its in shares.items()}
+        again = None if self.revive is None else lambda name, error: None
+        self.submitting = [*filter(None, (get_done(earlier, "taking prompts", again) for earlier in self.submitting)), calls]
 
-    def sampled(self, ids: list[int]) -> None:
+    def sampled(self, ids: Iterable[int]) -> None:
         """The engines are done with these prompts."""
         for i in ids:
-            del self.running[i]
+            self.running.pop(i, None)  # one that was sampled again comes twice
+
+    def holding(self) -> dict[str, ObjectRef]:
+        """The ids of the prompts that each engine has."""
+        return self._all("holding")
 
     def hold_nothing(self) -> dict[str, ObjectRef]:
         """Have every engine give up what it was given and has not begun."""
-        return named("inference", [actor.hold_nothing.remote() for actor in self.actors])
+        return self._all("hold_nothing")
 
     def busy(self) -> dict[str, ObjectRef]:
         """Seconds that each engine has spent sampling."""
-        return named("inference", [actor.busy.remote() for actor in self.actors])
+        return self._all("busy")
 
     def drain(self) -> dict[str, ObjectRef]:
         """Have every engine end what runs."""
-        return named("inference", [actor.drain.remote() for actor in self.actors])
+        return self._all("drain")
 
     def generate(self, prompts: list[list[int]], sampling: Sampling, seed: int | None) -> Completions:
         """Responses to `prompts`, in their order, K together; the same seed and weights give the same responses.
@@ -76,22 +125,35 @@ class EnginePool:
         Without a seed the engines need not be idle.
         """
         requests = [Request(i, prompt, sampling) for i, prompt in enumerate(prompts)]
-        calls = []
-        for i, actor in enumerate(self.actors):
-            share = requests[i :: len(self.actors)]
-            if share:
-                calls.append(actor.generate.remote(share, None if seed is None else seed + i))
-        doing = f"sampling responses to {len(prompts)} prompts"
-        answers = get_all(named("inference", calls), self.timeout_s, doing, can_be_left=True)
-        return Completions.concatenate(answers).in_request_order()
+        return Completions.concatenate(self._generate(requests, seed)).in_request_order()
+
+    def _generate(self, requests: list[Request], seed: int | None) -> list[Completions]:
+        shares = {
+            name: (requests[i :: len(self.by_name)], None if seed is None else seed + i)
+            for i, name in enumerate(self.by_name)
+            if i < len(requests)
+        }
+
+        def once_more(name: str, error: ActorError) -> ObjectRef | None:
+            return self.by_name[name].generate.remote(*shares[name]) if self.bring_back(name, error) else None
+
+        calls = {name: self.by_name[name].generate.remote(*share) for name, share in shares.items()}
+        doing = f"sampling responses to {len(requests)} prompts"
+        again = None if self.revive is None else once_more
+        answers = get_all(calls, self.timeout_s, doing, can_be_left=True, again=again)
+        left = [request for name, (share, _) in shares.items() if name not in calls for request in share]
+        return answers + (self._generate(left, seed) if left else [])
 
     def update_weights(self, version: int) -> dict[str, ObjectRef]:
         """Have every engine receive push `version`: its receipts to come, by the engines' names."""
-        return named("inference", [actor.update_weights.remote(version) for actor in self.actors])
+        return self._all("update_weights", version)
 
     def log_probs(self, tokens: list[int]) -> dict[str, ObjectRef]:
         """Log-probs of `tokens` under each engine's weights, to come, by the engines' names."""
-        return named("inference", [actor.log_probs.remote(tokens) for actor in self.actors])
+        return self._all("log_probs", tokens)
+
+    def _all(self, method: str, *arguments) -> dict[str, ObjectRef]:
+        return {name: getattr(actor, method).remote(*arguments) for name, actor in self.by_name.items()}
 
 
 class ReferencePool:
@@ -127,9 +189,16 @@ class ReferencePool:
         share = -(-len(rollouts) // len(self.actors))
         rows = torch.arange(share * len(self.actors)).clamp(max=len(rollouts) - 1)
         shares = [(rollouts[mine],) for mine in rows.split(share)]
-        calls = submit(self.actors, method, shares, self.order)
-        doing = f"scoring {len(rollouts)} rollouts"
-        return get_all(named(self.role, calls), self.timeout_s, doing, can_be_left=can_be_left)
+        calls = named(self.role, submit(self.actors, method, shares, self.order))
+        by_name = dict(zip(calls, zip(self.actors, shares, strict=True), strict=True))
+
+        def once_more(name: str, error: ActorError) -> ObjectRef:
+            actor, its = by_name[name]
+            wait_until_back(actor, name, self.timeout_s)
+            return getattr(actor, method).remote(*its)
+
+        doing, again = f"scoring {len(rollouts)} rollouts", once_more if self.role == "reference" else None
+        return get_all(calls, self.timeout_s, doing, can_be_left=can_be_left, again=again)
 
 
 def submit(actors: list[ActorHandle], method: str, arguments: list[tuple], order: Lock) -> list[ObjectRef]:
@@ -284,16 +353,32 @@ class WeightPush:
     aliases: dict[str, str]  # further names of tied weights, by the name that they are sent under
     dtype: str  # the coarser of the two sides'
     timeout_s: float
+    join: Callable[[str], ObjectRef]  # have the engine of that name take part
     before: Sent | None = None  # the last push
 
     def __call__(self, version: int) -> None:
         """Give every engine the trainer's weights as `version`; PushError where one does not hold them afterwards."""
         sending, receiving = self.trainer.push(version), self.engines.update_weights(version)
-        answers = get_all(sending | receiving, self.timeout_s, f"pushing weights version {version}")
-        sent, receipts = answers[0], answers[len(sending) :]
-        for engine, receipt in zip(receiving, receipts, strict=True):
-            verify(sent, receipt, engine, self.aliases, self.before)
+        doing, again = f"pushing weights version {version}", self.engines.again("update_weights", version, load=False)
+        calls = sending | receiving
+        found = get_all(calls, self.timeout_s, doing, again=again)
+        answers = dict(zip(calls, found, strict=True))
+        sent = answers[next(iter(sending))]
+        for engine in receiving.keys() & answers.keys():
+            verify(sent, answers[engine], engine, self.aliases, self.before)
         self.before = sent
+
+    def repeat(self, engine: str, load: bool) -> None:
+        """Have an engine that was started again take part in pushes; with `load` it takes the last one again.
+
+        In shared memory alone that is still there.
+        """
+        get(self.join(engine), self.timeout_s, engine, "joining pushes again")
+        if load and self.before is not None:
+            version = self.before.version
+            call = self.engines.by_name[engine].update_weights.remote(version)
+            receipt = get(call, self.timeout_s, engine, f"taking weights version {version} again")
+            verify(self.before, receipt, engine, self.aliases)
 
     def probe(self, version: int, tokens: list[int]) -> float:
         """Compare log-probs of `tokens`: the largest over engines of the mean absolute difference, nats a token.
@@ -301,10 +386,13 @@ class WeightPush:
         Raises PushError where an engine is further from the trainer than rounding explains.
         """
         ours, theirs = self.trainer.probe(tokens), self.engines.log_probs(tokens)
-        answers = get_all(ours | theirs, self.timeout_s, f"probing weights version {version}")
-        expected, largest, tolerance = answers[0], 0.0, PROBE_TOLERANCE[self.dtype]
-        for engine, log_probs in zip(theirs, answers[len(ours) :], strict=True):
-            difference = np.abs(log_probs - expected)
+        doing, again = f"probing weights version {version}", self.engines.again("log_probs", tokens)
+        calls = ours | theirs
+        found = get_all(calls, self.timeout_s, doing, again=again)
+        answers = dict(zip(calls, found, strict=True))
+        expected, largest, tolerance = answers[next(iter(ours))], 0.0, PROBE_TOLERANCE[self.dtype]
+        for engine in theirs.keys() & answers.keys():
+            difference = np.abs(answers[engine] - expected)
             if not difference.mean() <= tolerance:
                 raise PushError(
                     f"{engine}, version {version}: its log-probs of a probe text differ from the trainer's by "

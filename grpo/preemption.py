@@ -32,6 +32,7 @@ class _Request:
     too_late: GraceOver | None = None  # once the grace period is over
     ended: bool = False  # what still waits beside the main thread is to stop before Ray does
     in_ray: bool = False  # whose waits print what a signal handler raises, and go on
+    handlers: dict[int, Callable] = {}  # of the signals, while `listen` lasts
 
     def raise_if_too_late(self) -> None:
         if self.too_late is not None:
@@ -47,12 +48,11 @@ REQUEST = _Request()
 
 
 @contextmanager
-def listen(grace_s: float, max_wall_time: float | None) -> Iterator[Callable[[], None]]:
+def listen(grace_s: float, max_wall_time: float | None) -> Iterator[None]:
     """Take SIGTERM, SIGUSR1 and the end of `max_wall_time` seconds as the request to end.
 
     A second signal raises KeyboardInterrupt, and `grace_s` seconds after the request GraceOver is raised, wherever the main
-    thread is; waits for Ray look at `REQUEST.raise_if_too_late`. Yields what takes the signals again, since Ray takes
-    SIGTERM for itself when it starts.
+    thread is; waits for Ray look at `REQUEST.raise_if_too_late`.
     """
 
     def ask(reason: str) -> None:
@@ -80,20 +80,21 @@ def listen(grace_s: float, max_wall_time: float | None) -> Iterator[Callable[[],
             raise REQUEST.too_late
 
     owner = os.getpid()
-    handlers = dict.fromkeys(SIGNALS, on_signal) | {signal.SIGALRM: on_clock}
-
-    def install() -> dict[int, object]:
-        return {number: signal.signal(number, handler) for number, handler in handlers.items()}
-
-    before = install()
+    REQUEST.handlers = dict.fromkeys(SIGNALS, on_signal) | {signal.SIGALRM: on_clock}
+    before = take_signals()
     signal.setitimer(signal.ITIMER_REAL, max_wall_time or 0.0)
     try:
-        yield install
+        yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
-        REQUEST.reason, REQUEST.too_late, REQUEST.ended = None, None, False
+        REQUEST.reason, REQUEST.too_late, REQUEST.ended, REQUEST.handlers = None, None, False, {}
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def take_signals() -> dict[int, object]:
+    """Take the signals that `listen` listens to, again where Ray took them for itself; returns what had them."""
+    return {number: signal.signal(number, handler) for number, handler in REQUEST.handlers.items()}
 
 
 def saved_in_time() -> None:

@@ -4,6 +4,7 @@ import os
 
 import torch
 from tensordict import TensorDict
+from transformers import PreTrainedModel
 
 from grpo.models import DTYPES, load_model, score, score_with_states
 
@@ -23,6 +24,7 @@ class ReferenceActor:
     ) -> None:
         self.name, self.attn_implementation, self.device = model, attn_implementation, torch.device(device)
         self.temperature, self.dtype, self.matmul_precision = temperature, DTYPES[mixed_precision], matmul_precision
+        self.model: PreTrainedModel | None = None
         self.in_four_bits = in_four_bits
 
     def start(self) -> int:
@@ -37,12 +39,16 @@ class ReferenceActor:
 
     def score(self, batch: TensorDict) -> torch.Tensor:
         """reference_log_probs, float32 [B, T], for rollouts [B] with tokens, prompt_length and response_mask."""
-        return score(self.model, *self._rows(batch), self.temperature).cpu()
+        rows = self._rows(batch)
+        return score(self.model, *rows, self.temperature).cpu()
 
     def score_with_states(self, batch: TensorDict) -> tuple[torch.Tensor, torch.Tensor]:
         """The same and its anchor_states, float16 [B, T, D]."""
-        return tuple(part.cpu() for part in score_with_states(self.model, *self._rows(batch), self.temperature))
+        rows = self._rows(batch)
+        return tuple(part.cpu() for part in score_with_states(self.model, *rows, self.temperature))
 
     def _rows(self, batch: TensorDict) -> tuple[torch.Tensor, ...]:
+        if self.model is None:  # this process took the place of one that had died
+            self.start()
         batch = batch.to(self.device)
         return batch["tokens"], batch["prompt_length"], batch["response_mask"]

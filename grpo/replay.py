@@ -54,8 +54,10 @@ class GroupBuffer(ReplayBuffer):
         self.dropped: dict[int, list[Grade]] = {}
 
     def extend(self, groups: Iterable[TensorDict]) -> None:
-        """Add groups of shape [K, ...]."""
+        """Add groups of shape [K, ...], but those that are here: they were sampled again while they seemed to be lost."""
         for group in groups:
+            if int(group["group_id"][0]) in self.slots:
+                continue
             slot = self.free.pop() if self.free else len(self.slots)
             self.storage.set(slot, group)
             self.slots[int(group["group_id"][0])] = slot

@@ -159,7 +159,14 @@ class Run(Session):
         return self.data["train"].fingerprint
 
     def _account(self, summary: dict) -> dict:
+        if self._grading_restarts:
+            summary["restarts"]["grading"] = summary["restarts"].get("grading", 0) + self._grading_restarts
         return {"policy_version": self.progress.policy_version}
+
+    @property
+    def _grading_restarts(self) -> int:
+        """How often grading processes were replaced, since the actors were started."""
+        return self.grading.restarts
 
     def _judged(self, before: dict[str, float], after: dict[str, float]) -> str:
         return (

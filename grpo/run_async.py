@@ -7,9 +7,11 @@
 What may be started and what is trained on next is decided in one place, grpo/admission.py.
 """
 
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 from ray import ObjectRef
 from ray.actor import ActorHandle
@@ -35,6 +37,7 @@ POLL_S = 0.01  # between two looks into the buffer
 class AsyncRun(Run):
     buffer: ActorHandle
     collectors: dict[str, ActorHandle]  # by the names that errors use
+    start_collector: Callable[[str], ObjectRef]
     stream: PromptStream
     sampling: Sampling
     admission: Admission
@@ -59,8 +62,11 @@ class AsyncRun(Run):
         """Have the engines start what may be started now."""
         ids = self.admission.start()
         if ids:
-            prompts = [self.data["train"].prompts[self.stream.at(i)] for i in ids]
-            self.engines.submit(ids, prompts, self.sampling, sampling_seed(self.config.seed, ids[0]))
+            self._submit(ids)
+
+    def _submit(self, ids: list[int]) -> None:
+        prompts = [self.data["train"].prompts[self.stream.at(i)] for i in ids]
+        self.engines.submit(ids, prompts, self.sampling, sampling_seed(self.config.seed, ids[0]))
 
     def _next_batch(self) -> TensorDict:
         with self.clock.phase("wait"):
@@ -69,6 +75,7 @@ class AsyncRun(Run):
             while (chosen := self._choose()) is None:
                 REQUEST.check()
                 self._check_collectors()
+                self._mend()
                 if time.monotonic() > deadline:
                     raise ActorError(
                         f"no batch could be made within {timeout_s:g} s behind step {self.progress.num_steps}: "
@@ -86,22 +93,52 @@ class AsyncRun(Run):
 
     def _choose(self) -> list[int] | None:
         """The next batch, or None while it has to be waited for; the engines are fed meanwhile."""
+        self._look()
+        self._feed()
+        return self.admission.choose(self.finished)
+
+    def _look(self) -> None:
+        """Take note of what the buffer has."""
         seen: Seen = get(self.buffer.look.remote(), self.config.ray.timeout_s, BUFFER, "telling what is finished")
         self.engines.sampled(seen.sampled)
         self.finished = set(seen.finished)
-        self.dropped |= seen.dropped
+        # A group that seemed to be lost is sampled again, and may come twice.
+        dropped = {i: grades for i, grades in seen.dropped.items() if i in self.admission.deadlines}
+        self.dropped |= dropped
         self._check_dropped(len(self.dropped))
-        self.admission.drop(seen.dropped)
-        self._feed()
-        return self.admission.choose(seen.finished)
+        self.admission.drop(dropped)
 
     @property
     def _in_flight(self) -> int:
         return len(self.admission.deadlines.keys() - self.finished)
 
     def _check_collectors(self) -> None:
-        """Raise what a collector ended with."""
-        get_done(self.collecting, "collecting")
+        """Raise what a collector ended with; one that has died collects again."""
+        self.collecting = get_done(self.collecting, "collecting", self._collect_again)
+
+    def _collect_again(self, name: str, error: ActorError) -> ObjectRef:
+        """For `get_all`: start a collector again that has died."""
+        actor = self.collectors[name]
+        self.supervisor.bring_back(name, actor, error, partial(self.start_collector, name))
+        self.supervisor.fallen.add(name)  # with what it had
+        return actor.run.remote()
+
+    def _mend(self) -> None:
+        """Have back what has died, and sample again what it had in hand."""
+        if not self.supervisor.take_fallen():
+            return
+        self.engines.check()
+        # In the order of the way from prompt to buffer, so that what moves on meanwhile is seen.
+        timeout_s, doing = self.config.ray.timeout_s, "telling what it has"
+        holding = get_all(self.engines.holding(), timeout_s, doing, again=self.engines.again("holding"))
+        collectors = {name: actor.holding.remote() for name, actor in self.collectors.items()}
+        holding += get_all(collectors, timeout_s, doing, again=lambda name, error: None)  # what it had is lost
+        self._look()
+        lost = sorted(self.admission.deadlines.keys() - self.finished.union(*holding))
+        self.engines.sampled(lost)
+        if lost:
+            self._submit(lost)
+            print(f"{len(lost)} groups that were in flight are sampled again", file=sys.stderr)
 
     @property
     def push_is_due(self) -> bool:
@@ -115,7 +152,8 @@ class AsyncRun(Run):
         if self.config.train.drain_before_push:
             with self.clock.phase("wait"):
                 doing = "ending what runs before a push"
-                get_all(self.engines.drain(), self.config.ray.timeout_s, doing, can_be_left=True)
+                again = self.engines.again("drain")
+                get_all(self.engines.drain(), self.config.ray.timeout_s, doing, can_be_left=True, again=again)
         super().push_weights()
 
     def _pushed(self) -> None:
@@ -146,6 +184,11 @@ class AsyncRun(Run):
         account = make_account(summary["phases_s"], wall_s, len(engines), ranks, self.config.steps_per_push)
         print(f"\n{describe(account)}")
         return super()._account(summary) | {"account": account}
+
+    @property
+    def _grading_restarts(self) -> int:
+        calls = {name: actor.grading_restarts.remote() for name, actor in self.collectors.items()}
+        return super()._grading_restarts + sum(self._ask(calls, "telling how often it replaced its graders"))
 
     def _ask(self, calls: dict[str, ObjectRef], doing: str) -> list:
         return get_all(calls, self.config.ray.timeout_s, doing)

@@ -23,6 +23,7 @@ from grpo.plot import plot_run
 from grpo.pools import TrainerPool
 from grpo.preemption import Preempted, saved_in_time
 from grpo.resume import CONFIG, SUMMARY, locked, write_config, write_whole
+from grpo.supervision import Supervisor
 
 
 @contextmanager
@@ -64,6 +65,7 @@ class Session(ABC):
     log: RunLog
     writer: CheckpointWriter
     resumed: Checkpoint | None
+    supervisor: Supervisor
     progress: Progress = field(default_factory=Progress)
     started_s: float | None = None  # `_training_clock` when the loop began,
     stepped_s: float = 0.0  # and at the last step
@@ -103,6 +105,7 @@ class Session(ABC):
         if self.resumed is not None:
             state = self.resumed.state
             self.trainer.load(self.resumed.trainer, state["trainer"])
+            self.supervisor.take_up(state["restarts"])
             self.progress = type(self.progress)(**state["progress"])
             self.clock.total |= self.progress.phases_s
             self._restore(self.resumed)
@@ -128,6 +131,7 @@ class Session(ABC):
                 "progress": asdict(self.progress) | times,
                 "log": self.log.position,
                 "config": asdict(self.config),
+                "restarts": self.supervisor.restarts,
                 "data": self._fingerprint,
             }
             self.writer.start(self.progress.num_steps, state, collections, self.progress.best_step)
@@ -159,7 +163,7 @@ class Session(ABC):
             "wall_s": round(training_s, 3),
             "samples_per_s": round(now.samples_trained / training_s, 1),
             "phases_s": {name: round(s, 3) for name, s in self.clock.total.items() if name not in ("eval", "checkpoint")},
-            "restarts": {},
+            "restarts": self.supervisor.restarts,
         }
         summary |= self._account(summary)
         write_whole(self.run_dir / SUMMARY, json.dumps(summary, indent=2) + "\n")
@@ -174,6 +178,7 @@ class Session(ABC):
     def kept(self) -> Iterator[None]:
         """While the run goes on: a request to end saves it, and a full disk is said in one line."""
         write_config(self.config, self.run_dir)
+        self.supervisor.at = lambda: self.progress.num_steps
         (self.run_dir / SUMMARY).unlink(missing_ok=True)  # of the shorter run that is gone on with
         try:
             try:

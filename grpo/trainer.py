@@ -51,13 +51,15 @@ from grpo.objectives.divergences import ESTIMATES, kl_penalty, token_penalty, tr
 from grpo.objectives.online import online_loss, summarise
 from grpo.offline_config import OfflineObjectiveConfig, OfflineTrainConfig
 from grpo.rollout import trim
-from grpo.transports import make_sender
+from grpo.transports import make_sender, open_store
 from grpo.weight_sync import Sent, one_thread
 
 
 def _adamw(parameters: list[torch.nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, betas=config.betas)
 
+
+START_TIMEOUT = timedelta(minutes=5)  # of the ranks that come to the store where they meet
 
 OPTIMIZERS = {
     "adamw": _adamw,
@@ -126,7 +128,7 @@ class TrainerActor:
     def open_rendezvous(self) -> tuple[str, int]:
         """On rank 0: open the store where the ranks meet; returns its host and port."""
         host = ray.util.get_node_ip_address()
-        self.store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        self.store = open_store(host, START_TIMEOUT)
         return host, self.store.port
 
     def start(self, rank: int, world_size: int, rendezvous: tuple[str, int], timeout_s: float) -> int:

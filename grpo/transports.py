@@ -6,6 +6,7 @@ their own. All are `Sender` and `Receiver` of grpo/weight_sync.py, which adds ve
 
 import os
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -16,9 +17,9 @@ import torch
 import torch.distributed as dist
 
 from grpo.errors import PushError, UserError
+from grpo.leftovers import SHARED_MEMORY, segment_prefix
 from grpo.weight_sync import WORD, Receiver, Sender, Slot, view
 
-SHARED_MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()
 BUCKET = 64 << 20  # bytes a broadcast
 POLL_S = 1e-4
 
@@ -42,7 +43,7 @@ class SharedMemorySender(Sender):
                 f"{SHARED_MEMORY} has {free / 2**20:.0f} MiB free and a weight push needs {num_bytes / 2**20:.0f} MiB: "
                 "give the container or machine more shared memory"
             )
-        descriptor, self.path = tempfile.mkstemp(prefix="grpo-weights-", dir=SHARED_MEMORY)
+        descriptor, self.path = tempfile.mkstemp(prefix=segment_prefix("weights"), dir=SHARED_MEMORY)
         os.truncate(descriptor, num_bytes)
         if hasattr(os, "posix_fallocate"):  # not on macOS
             os.posix_fallocate(descriptor, 0, num_bytes)
@@ -122,6 +123,15 @@ def buckets(slots: list[Slot]) -> Iterator[list[Slot]]:
     yield bucket
 
 
+def open_store(host: str, timeout: timedelta) -> dist.TCPStore:
+    """A store at a free port of `host`, to which alone it listens; torch would listen to every address."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.create_server((host, 0), family=family)
+    port = listening.getsockname()[1]
+    descriptor = listening.detach()
+    return dist.TCPStore(host, port, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=descriptor)
+
+
 class Broadcast:
     """A process group of its own for pushes: rank 0 is training rank 0, the others are receivers."""
 
@@ -156,7 +166,7 @@ class BroadcastSender(Sender):
         super().__init__(parameters, dtype, num_receivers, timeout_s)
         self.transport, self.host = transport, host
         timeout = timedelta(seconds=timeout_s)
-        self.store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        self.store = open_store(host, timeout)
         self.last = {bucket[-1].name: bucket for bucket in buckets(self.slots)}  # by the tensor that fills them
 
     def description(self) -> dict:

@@ -1,6 +1,7 @@
 """A task for tests of the grading pool: the response says what grading it does."""
 
 import os
+import signal
 import time
 
 from grpo.rewards import Grade
@@ -16,6 +17,13 @@ class Obedient:
     def grade(self, problem: Problem, response: str) -> Grade:
         if response == "hang":
             time.sleep(3600)
+        if problem.question in ("SIGKILL", "SIGSTOP"):  # by others, as often as the file says
+            with open(response, "r+") as file:
+                left = int(file.read() or 0)
+                file.seek(0)
+                file.write(str(max(0, left - 1)))
+            if left:
+                os.kill(os.getpid(), getattr(signal, problem.question))
         if response == "die":
             os._exit(3)
         if response == "raise":

@@ -141,3 +141,15 @@ def test_a_process_that_was_killed_between_two_calls_is_replaced_and_nothing_is_
         worker.process.kill()
         worker.process.join()
     assert [g.outcome for g in grade(pool, ["yes", "no"] * 50)] == ["correct", "wrong"] * 50
+
+
+@pytest.mark.parametrize(("number", "again"), [("SIGKILL", "grader_error"), ("SIGSTOP", "timed_out")])
+def test_a_response_whose_process_is_killed_or_stopped_by_others_gets_a_second_chance(pool, tmp_path, number, again):
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    once.write_text("1")
+    twice.write_text("2")
+    before = pool.restarts
+    problems = [Problem("?", "yes"), Problem(number, "yes"), Problem(number, "yes"), Problem("?", "yes")]
+    grades = pool.grade(problems, ["yes", str(once), str(twice), "yes"])
+    assert [grade.outcome for grade in grades] == ["correct", "wrong", again, "correct"]
+    assert pool.restarts == before + 3

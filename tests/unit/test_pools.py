@@ -11,6 +11,7 @@ import torch
 from tensordict import TensorDict
 
 from grpo import pools
+from grpo.errors import ActorError
 from grpo.inference import Sampling
 from grpo.pools import EnginePool, ReferencePool, named, split_rows, submit
 
@@ -72,7 +73,7 @@ class Recorder:
 
 
 def test_prompts_go_to_the_engine_that_has_least_to_sample(monkeypatch):
-    monkeypatch.setattr(pools, "get_done", lambda calls, doing: {})
+    monkeypatch.setattr(pools, "get_done", lambda calls, doing, again: {})
     engines = [Recorder(), Recorder()]
     pool = EnginePool(engines, 1.0)
 
@@ -119,7 +120,7 @@ def test_every_rank_scores_as_many_rows_and_each_answer_comes_back_once(rows, ac
         shares.append(len(batch))
         return 2.0 * batch["tokens"]
 
-    monkeypatch.setattr("grpo.pools.get_all", lambda calls, timeout_s, doing, can_be_left=False: list(calls.values()))
+    monkeypatch.setattr("grpo.pools.get_all", lambda calls, timeout_s, doing, **options: list(calls.values()))
     tokens = torch.arange(rows * 3).view(rows, 3)
     batch = TensorDict({k: tokens for k in ("tokens", "prompt_length", "response_mask")}, batch_size=[rows])
     actor = SimpleNamespace(score=SimpleNamespace(remote=score))
@@ -168,3 +169,80 @@ def test_rows_without_gradient_come_last_on_every_rank_and_no_row_is_lost(seed):
                 num_joined += int((~training[rows]).sum())
     assert num_joined < ranks
     assert (shares[0].num_training > 0) == bool(training.any())
+
+
+class Engine(Recorder):
+    """Answers at once: what it was asked, or that it has died where `deaths` are left."""
+
+    def __init__(self, deaths: int = 0) -> None:
+        super().__init__()
+        self.deaths = deaths
+
+    def __getattr__(self, method):
+        def remote(*arguments):
+            self.calls.append((method, *arguments))
+            if self.deaths:
+                self.deaths -= 1
+                return ActorError("it died", died=True)
+            return arguments
+
+        return SimpleNamespace(remote=remote)
+
+
+def answered(calls: dict, timeout_s: float, doing: str, again=None, **options) -> list:
+    """`get_all` for calls that are their answers."""
+    for name, answer in list(calls.items()):
+        while isinstance(answer, ActorError):
+            answer = calls[name] = again(name, answer)
+        if answer is None:
+            del calls[name]
+    return list(calls.values())
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    monkeypatch.setattr(pools, "get_all", answered)
+    monkeypatch.setattr(pools.Completions, "concatenate", lambda parts: SimpleNamespace(in_request_order=lambda: parts))
+
+
+def of(share) -> list[int]:
+    return [request.request_id for request in share[0]]
+
+
+def test_an_engine_that_died_is_brought_back_and_asked_for_the_same_with_the_same_seed(asked):
+    engines, revived = [Engine(), Engine(deaths=2)], []
+    pool = EnginePool(engines, 1.0, lambda name, actor, error, load: revived.append((name, load)))
+    first, second = pool.generate([[1], [2], [3]], Sampling(2, 4, 1.0), seed=5)
+    assert (of(first), first[1], of(second), second[1]) == ([0, 2], 5, [1], 6)
+    assert engines[1].calls == [engines[1].calls[0]] * 3
+    assert revived == [("inference actor 1", True)] * 2
+
+
+def gone(name, actor, error, load):
+    raise ActorError(f"{name} died once too often", name)
+
+
+def test_without_an_engine_that_is_gone_its_prompts_go_to_the_others(asked, capsys):
+    engines = [Engine(), Engine(deaths=1), Engine()]
+    pool = EnginePool(engines, 1.0, gone, min_engines=2)
+    answers = pool.generate([[i] for i in range(6)], Sampling(2, 4, 1.0), seed=5)
+    assert [of(share) for share in answers] == [[0, 3], [2, 5], [1], [4]]
+    assert "inference actor 1 died once too often; the run goes on with the others" in capsys.readouterr().err
+    assert list(pool.by_name) == ["inference actor 0", "inference actor 2"]  # by the names that they had
+    engines[0].deaths = 1
+    with pytest.raises(ActorError, match=r"^inference actor 0 died once too often$"):
+        pool.generate([[0]], Sampling(2, 4, 1.0), seed=5)
+
+
+def test_by_default_the_run_goes_on_with_all_engines_or_not_at_all(asked):
+    with pytest.raises(ActorError, match=r"^inference actor 1 died once too often$"):
+        EnginePool([Engine(), Engine(deaths=1)], 1.0, gone).generate([[0], [1]], Sampling(2, 4, 1.0), seed=5)
+
+
+def test_the_death_of_another_actor_is_not_the_engines(asked):
+    def without_trainer(name, actor, error, load):
+        raise ActorError("the training actor died", "the training actor", died=True)
+
+    pool = EnginePool([Engine(), Engine(deaths=1)], 1.0, without_trainer, min_engines=1)
+    with pytest.raises(ActorError, match=r"^the training actor died$"):
+        pool.generate([[0], [1]], Sampling(2, 4, 1.0), seed=5)

@@ -147,9 +147,9 @@ def test_parameters_in_another_order_or_number_are_refused(transport):
 
 
 def test_the_segment_has_no_name_that_could_be_left_behind():
-    there = set(os.listdir(transports.SHARED_MEMORY))
+    before = set(os.listdir(transports.SHARED_MEMORY))
     sender = SharedMemorySender(parameters(0), "float32", 1, TIMEOUT_S)
-    assert not [name for name in set(os.listdir(transports.SHARED_MEMORY)) - there if name.startswith("grpo-weights-")]
+    assert not [name for name in set(os.listdir(transports.SHARED_MEMORY)) - before if name.startswith("grpo-")]
     receiver = SharedMemoryReceiver(sender.description(), "engine", 0, CPU)
     sender.join()
     sender.send(1, parameters(5))

@@ -1,0 +1,271 @@
+"""What a run does about actors that die or hang: it starts what is missing again, and goes on.
+
+    driver thread   alive? alive? alive? ...           no answer for ray.heartbeat_timeout_s: the process is killed
+    driver          step ─ step ─ ✗ ActorError ─ end all actors ─ start them again ─ newest checkpoint ─ step ─ ...
+
+An actor answers heartbeats from a thread of its own, so a long step is no silence. Who may be started again, and how often,
+is counted here; that a run goes on exactly is the checkpoint's doing.
+"""
+
+import math
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import ObjectRef
+from ray.actor import ActorHandle
+from ray.exceptions import ActorUnavailableError, RayActorError
+
+from grpo.config import RayConfig
+from grpo.errors import ActorError
+from grpo.leftovers import marked
+from grpo.preemption import REQUEST, Preempted, listen
+from grpo.remote import ask, get_all, wait_until_back
+
+
+def supervised(
+    config: Any,
+    run_dir: Path,
+    build: Callable[[Any, Path, "Supervisor"], AbstractContextManager],
+    train: Callable[[Any], None],
+) -> None:
+    """Build the run, train and finish it; where an actor dies, again from the newest checkpoint, as resume= does."""
+    supervisor = Supervisor(config.ray)
+    with marked(), listen(config.train.grace_s, config.train.max_wall_time):
+        while True:
+            try:
+                with build(config, run_dir, supervisor) as run:
+                    run.begin()
+                    train(run)
+                    run.finish()
+                return
+            except ActorError as error:
+                checkpoint = _latest(run_dir)
+                if REQUEST.reason is not None:  # a checkpoint of what is lost would be the one that there is
+                    stop = Preempted(REQUEST.reason)
+                    stop.saved = checkpoint or "nothing"
+                    raise stop from None
+                again = supervisor.count(error, f"{checkpoint or 'no checkpoint'} is whole: go on with resume={run_dir}")
+                print(f"Warning: {error}; the run goes on from {checkpoint or 'its start'} ({again})", file=sys.stderr)
+            config = replace(config, resume=str(run_dir))
+
+
+def _latest(run_dir: Path) -> str | None:
+    latest = run_dir / "checkpoints" / "LATEST"
+    return latest.read_text().strip() if latest.is_file() else None
+
+
+def role(actor: str) -> str:
+    """`inference actor 1` is of the role inference."""
+    return re.sub(r"^the (first )?| actor( \d+)?$", "", actor)
+
+
+class Supervisor:
+    """Counts how often actors were started again, and has them watched."""
+
+    def __init__(self, config: RayConfig) -> None:
+        self.config, self.most = config, config.max_restarts
+        self.watched: dict[str, ActorHandle] = {}
+        self.fallen: set[str] = set()
+        self.told: Counter[str] = Counter()  # restarts of an actor that were said
+        self.at: Callable[[], int] | None = None  # the optimiser step that the run is behind, once there is one
+        self.counts: Counter[str] = Counter()  # by the actors' names
+        self.before: Counter[str] = Counter()  # by role, of the processes that were at this run before this one
+
+    @property
+    def restarts(self) -> dict[str, int]:
+        """How often actors of each role were started again."""
+        total = Counter(self.before)
+        for actor in self.counts.keys() | self.watched.keys():
+            total[role(actor)] += self._count(actor)
+        return {its: count for its, count in total.items() if count}
+
+    def left(self, actor: str) -> int:
+        """How often it may be started again."""
+        return max(0, self.most - self._count(actor))
+
+    def _count(self, actor: str) -> int:
+        """With how often Ray has started it again since it is watched."""
+        watched = self.watched.get(actor)
+        return self.counts[actor] + (0 if watched is None else num_restarts(watched))
+
+    def take_up(self, restarts: dict[str, int]) -> None:
+        """Go on counting from a checkpoint's, unless its run is this process's own."""
+        if not self.counts:
+            self.before = Counter(restarts)
+
+    def count(self, error: ActorError, kept: str) -> str:
+        """The actor that `error` is of is to be started again with all others; returns the count in words.
+
+        Raises ActorError where that was done ray.max_restarts times already, with what is `kept`; and `error` itself where
+        no actor is to blame.
+        """
+        if not error.actor:
+            raise error
+        where = f", behind step {self.at()}" if self.at else ""
+        if self.counts[error.actor] >= self.most:
+            wrote = f"; it wrote last: {' | '.join(error.log)}" if error.log else ""
+            raise ActorError(
+                f"{error}{where}{wrote}; it was started again {self.most} times, as often as ray.max_restarts allows; {kept}"
+            ) from None
+        self.counts[error.actor] += 1
+        return f"restart {self.counts[error.actor]} of at most {self.most}{where}"
+
+    def bring_back(
+        self,
+        name: str,
+        actor: ActorHandle,
+        error: ActorError,
+        start: Callable[[], ObjectRef],
+        *steps: Callable[[], None],
+    ) -> None:
+        """Wait until Ray has started an actor again that has died, have it `start`, and take the further `steps` with it.
+
+        Raises ActorError where Ray does so no more.
+        """
+        timeout_s, key = self.config.start_timeout_s, "ray.start_timeout_s"
+        while True:
+            try:
+                wait_until_back(actor, name, timeout_s)
+            except ActorError as gone:
+                raise ActorError(str(error if gone.died else gone), name, gone.log) from None
+            self.tell(name, str(error))
+            try:
+                get_all({name: start()}, timeout_s, "starting", key)
+                for step in steps:
+                    step()
+                return
+            except ActorError as another:
+                if not another.died or another.actor != name:
+                    raise
+                error = another
+
+    def tell(self, name: str, why: str) -> None:
+        """Say that Ray has started the actor again, if that has not been said."""
+        count = self._count(name)
+        if count > self.told[name]:
+            self.told[name] = count
+            where = f" behind step {self.at()}" if self.at else ""
+            print(f"Warning: {why}; it is started again{where} (restart {count} of at most {self.most})", file=sys.stderr)
+
+    def take_fallen(self) -> set[str]:
+        """The actors that Ray has started again since the last call, by their names."""
+        fallen, self.fallen = self.fallen, set()
+        return fallen
+
+    @contextmanager
+    def watching(self, actors: dict[str, ActorHandle]) -> Iterator[None]:
+        """Have these actors, by their names, asked for heartbeats meanwhile."""
+        self.watched, self.fallen = actors, set()
+        watch = Watch(actors, self.config.heartbeat_timeout_s, self._heard_of_restart)
+        thread = threading.Thread(target=watch.run, name="watch", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            watch.ended.set()
+            thread.join()
+            counts = {name: self._count(name) for name in actors}
+            self.watched = {}
+            self.counts.update({name: count - self.counts[name] for name, count in counts.items() if count})
+
+    def _heard_of_restart(self, name: str) -> None:
+        self.fallen.add(name)
+        self.tell(name, f"{name} died")
+
+
+def num_restarts(actor: ActorHandle) -> int:
+    """How often Ray has started it again."""
+    return ray._private.state.actors(actor._actor_id.hex())["NumRestarts"]
+
+
+@dataclass
+class Watched:
+    """One actor, as the watch sees it."""
+
+    actor: ActorHandle
+    call: ObjectRef
+    pid: int | None = None
+    pid_here: int | None = None  # the same where it runs on this machine
+    silent_s: float = 0.0  # since the last answer, but for those in which it worked
+
+
+class Watch:
+    """Kills the process of an actor that does not answer for `timeout_s` seconds, so that every wait for it ends.
+
+    `restarted` is called with the name of one that answers from another process than before.
+    """
+
+    def __init__(self, actors: dict[str, ActorHandle], timeout_s: float, restarted: Callable[[str], None]) -> None:
+        self.timeout_s, self.interval_s, self.restarted = timeout_s, min(2.0, timeout_s / 8), restarted
+        self.watched = {name: Watched(actor, ask(actor)) for name, actor in actors.items()}
+        self.ended = threading.Event()
+
+    def run(self) -> None:
+        before = time.monotonic()
+        while not self.ended.wait(self.interval_s):
+            now = time.monotonic()
+            # A driver that was stopped itself has heard nothing of its actors for reasons of its own.
+            passed, before = min(now - before, 2 * self.interval_s), now
+            self.look(passed)
+
+    def look(self, passed_s: float) -> None:
+        """Hear who has answered, `passed_s` seconds after the last look."""
+        for name, watched in list(self.watched.items()):
+            if ray.wait([watched.call], timeout=0)[0]:
+                self._hear(name, watched)
+                continue
+            if not is_at_work(watched.pid_here):
+                watched.silent_s += passed_s
+            if watched.silent_s >= self.timeout_s:
+                self._kill(name, watched)
+
+    def _hear(self, name: str, watched: Watched) -> None:
+        watched.silent_s = 0.0
+        try:
+            pid, node = ray.get(watched.call)
+        except ActorUnavailableError:  # Ray starts it again
+            watched.pid_here, watched.call = None, ask(watched.actor)
+            return
+        except RayActorError:
+            del self.watched[name]  # whoever calls it is told so
+            return
+        if watched.pid not in (None, pid):
+            self.restarted(name)
+        watched.pid, watched.pid_here = pid, pid if node == ray.get_runtime_context().get_node_id() else None
+        watched.call = ask(watched.actor)
+
+    def _kill(self, name: str, watched: Watched) -> None:
+        print(
+            f"Warning: {name} did not answer for {watched.silent_s:.0f} s (ray.heartbeat_timeout_s) and is ended",
+            file=sys.stderr,
+        )
+        watched.silent_s = -math.inf  # until Ray has heard of it too
+        if watched.pid_here is None:
+            ray.kill(watched.actor, no_restart=False)
+            return
+        with suppress(ProcessLookupError):
+            os.kill(watched.pid_here, signal.SIGKILL)
+
+
+def is_at_work(pid: int | None) -> bool:
+    """Whether a thread of the process computes, or waits for a core or a disk to: calls have deadlines of their own.
+
+    It may hold Python's lock for long, or share its cores with too many others. One that is stopped is not at work, and
+    neither is one that waits for ever.
+    """
+    for task in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with suppress(OSError):
+            if task.read_text().rpartition(")")[2].split()[0] in "RD":
+                return True
+    return False

@@ -1,0 +1,71 @@
+"""The doctor's lines: ok, or what to do. Its parts are a run's, which other tests start."""
+
+import shutil
+from collections import namedtuple
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from grpo import doctor
+from grpo.doctor import Doctor, examine, read_pins
+from grpo.errors import ConfigError
+
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture
+def patient(tmp_path):
+    with ExitStack() as closing:
+        yield Doctor([], tmp_path, closing)
+
+
+def test_pins_are_read_with_the_files_that_they_name(tmp_path):
+    (tmp_path / "all.txt").write_text("# words\n-r some.txt\nray[default]==2.60.0  # why\nplain\n")
+    (tmp_path / "some.txt").write_text("torch==2.13.0\n")
+    assert dict(read_pins(tmp_path / "all.txt")) == {"torch": "2.13.0", "ray": "2.60.0"}
+
+
+def test_this_installation_is_the_tested_one(patient):
+    assert "packages of requirements_" in patient.installation()
+
+
+def test_another_version_and_a_missing_package_are_named(patient, tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "ROOT", tmp_path)
+    for name in ("requirements_cpu.txt", "requirements_ifeval.txt"):
+        (tmp_path / name).write_text("pytest==0.1\nno-such-package==1.0\n")
+    with pytest.raises(ConfigError, match=r"pytest 0.1 \(\d.* is there\), no-such-package 1.0 \(no is there\): make setup"):
+        patient.installation()
+
+
+def test_too_little_room_is_said_with_what_to_do(patient, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 64 << 20))
+    with pytest.raises(ConfigError, match=r"0.1 GiB are free here.*hydra.run.dir"):
+        patient.disk()
+    with pytest.raises(ConfigError, match=r"has 64 MiB free.*--shm-size"):
+        patient.shared_memory()
+
+
+def test_each_check_is_a_line_and_what_needs_a_part_that_is_not_there_is_left_out(monkeypatch, capsys):
+    def fails(kind: type) -> doctor.Check:
+        def check() -> str:
+            raise kind("of two\nlines")
+
+        return check
+
+    checks = [("one", lambda: "well"), ("two", fails(ConfigError)), ("Ray", fails(OSError)), ("engine", fails(ConfigError))]
+    monkeypatch.setattr(Doctor, "checks", lambda self: iter(checks))
+    assert examine([]) == 2
+    assert capsys.readouterr().out.splitlines() == [
+        "ok     one: well",
+        "FAILED two: of two lines",
+        "FAILED Ray: OSError: of two lines",
+    ]
+
+
+def test_the_model_that_is_tried_loads(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    doctor.make_model(str(tmp_path))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.hidden_size == 128
+    assert Path(tmp_path / "tokenizer_config.json").is_file()

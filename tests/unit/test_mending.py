@@ -1,0 +1,83 @@
+"""What a dead engine or collector had in hand is sampled again, and nothing else is."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tensordict import TensorDict
+
+from grpo import run_async
+from grpo.errors import ActorError
+from grpo.replay import GroupBuffer
+from grpo.run_async import AsyncRun
+
+
+class Engines:
+    """An EnginePool in which one engine has groups 1 and 2."""
+
+    def __init__(self) -> None:
+        self.checked, self.forgotten = 0, []
+
+    def check(self) -> None:
+        self.checked += 1
+
+    def holding(self) -> dict:
+        return {"the inference actor": [1, 2]}
+
+    def again(self, method: str) -> None:
+        return None
+
+    def sampled(self, ids) -> None:
+        self.forgotten += ids
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """An asynchronous run in which 6 groups were started: 2 are sampled, one is graded, and one is in the buffer."""
+    monkeypatch.setattr(run_async, "get_all", lambda calls, *arguments, **options: list(calls.values()))
+    run = AsyncRun.__new__(AsyncRun)
+    holding = SimpleNamespace(holding=SimpleNamespace(remote=lambda: [3]))
+    run.config = SimpleNamespace(ray=SimpleNamespace(timeout_s=1.0))
+    run.engines, run.collectors, run.submitted = Engines(), {"the collector actor": holding}, []
+    run.admission = SimpleNamespace(deadlines=dict.fromkeys(range(1, 7), 9))
+    run.supervisor = SimpleNamespace(take_fallen=lambda: {"the inference actor"})
+    run._look = lambda: setattr(run, "finished", {4})
+    run._submit = run.submitted.extend
+    return run
+
+
+def test_what_nobody_has_is_sampled_again(run):
+    run._mend()
+    assert run.engines.checked == 1
+    assert run.submitted == run.engines.forgotten == [5, 6]
+
+
+def test_nothing_is_looked_at_while_nothing_died(run):
+    run.supervisor = SimpleNamespace(take_fallen=set)
+    run._mend()
+    assert run.engines.checked == 0 and run.submitted == []
+
+
+def test_a_collector_that_died_is_started_collects_again_and_what_it_had_is_looked_for(run):
+    told = []
+    run.supervisor = SimpleNamespace(bring_back=lambda *arguments: told.append(arguments), fallen=set())
+    run.start_collector = lambda name: f"{name} started"
+    collector = run.collectors["the collector actor"]
+    collector.run = SimpleNamespace(remote=lambda: "collecting")
+    error = ActorError("it died", "the collector actor", died=True)
+    assert run._collect_again("the collector actor", error) == "collecting"
+    ((name, actor, reason, start),) = told
+    assert (name, actor, reason, start()) == ("the collector actor", collector, error, "the collector actor started")
+    assert run.supervisor.fallen == {"the collector actor"}
+
+
+def group(i: int) -> TensorDict:
+    return TensorDict({"group_id": torch.full((2,), i), "x": torch.arange(2.0)}, batch_size=[2])
+
+
+def test_a_group_that_comes_twice_is_in_the_buffer_once():
+    buffer = GroupBuffer()
+    buffer.extend([group(5), group(6)])
+    buffer.extend([group(6), group(7)])
+    assert sorted(buffer.look().finished) == [5, 6, 7]
+    assert len(set(buffer.slots.values())) == 3

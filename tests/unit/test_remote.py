@@ -1,0 +1,125 @@
+"""Which of several failures is the one, and what is said of it."""
+
+from types import SimpleNamespace
+
+import pytest
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
+
+from grpo import remote
+from grpo.errors import ActorError, PushError, Restarted
+from grpo.remote import get, get_all, get_done, last_lines
+
+DIED = (
+    "The actor died unexpectedly before finishing this task.\n\tclass_name: TrainerActor\n\tpid: 4711\n\tip: 127.0.0.1\n"
+    "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker "
+    "unexpectedly exits with a connection error code 2. End of file. Some common causes include: (1) anything"
+)
+
+
+class Call:
+    """A call that is over: what it gave, or the error that it raised."""
+
+    def __init__(self, result: object) -> None:
+        self.result = result
+
+
+def raised(cause: Exception) -> RayTaskError:
+    error = RayTaskError.__new__(RayTaskError)
+    Exception.__init__(error, str(cause))
+    error.cause = cause
+    return error
+
+
+def died() -> remote.ActorDiedError:
+    error = remote.ActorDiedError()
+    error.error_msg = DIED
+    return error
+
+
+@pytest.fixture(autouse=True)
+def answers(monkeypatch):
+    def ray_get(call, timeout=None):
+        if isinstance(call, list):
+            return [ray_get(one) for one in call]
+        if isinstance(call.result, Exception):
+            raise call.result
+        return call.result
+
+    monkeypatch.setattr(remote.ray, "get", ray_get)
+    monkeypatch.setattr(remote.ray, "wait", lambda calls, timeout: (calls[:1], calls[1:]))
+
+
+def test_a_death_is_said_without_rays_guesses_and_names_the_actor():
+    with pytest.raises(ActorError) as error:
+        get(Call(died()), 1.0, "training actor 1", "taking optimiser step 3")
+    reason = "Worker unexpectedly exits with a connection error code 2. End of file"
+    assert str(error.value) == f"training actor 1 died while taking optimiser step 3: {reason}"
+    assert (error.value.actor, error.value.died) == ("training actor 1", True)
+
+
+def test_a_missed_deadline_names_the_setting_and_is_no_death():
+    with pytest.raises(ActorError, match=r"^the x did not answer within 2 s while y; .* raise ray.timeout_s$") as error:
+        get(Call(GetTimeoutError()), 2.0, "the x", "y")
+    assert (error.value.actor, error.value.died) == ("the x", False)
+
+
+def test_an_actor_that_was_started_again_has_died():
+    with pytest.raises(ActorError, match=r"^the inference actor died before pushing weights version 3$") as error:
+        get(Call(raised(Restarted())), 1.0, "the inference actor", "pushing weights version 3")
+    assert error.value.died
+
+
+def test_what_an_actor_says_of_anothers_death_is_not_the_failure():
+    calls = {"training actor 0": Call(raised(RuntimeError("Connection closed by peer"))), "training actor 1": Call(died())}
+    with pytest.raises(ActorError, match=r"^training actor 1 died"):
+        get_all(calls, 1.0, "taking optimiser step 3")
+    calls = {"the inference actor": Call(raised(PushError("it did not come"))), "the training actor": Call(died())}
+    with pytest.raises(ActorError, match=r"^the training actor died"):
+        get_all(calls, 1.0, "pushing")
+
+
+def test_without_a_death_the_first_failure_is_raised():
+    calls = {"a": Call(1), "b": Call(raised(PushError("b is wrong"))), "c": Call(raised(PushError("c is wrong")))}
+    with pytest.raises(PushError, match=r"^b is wrong$"):
+        get_all(calls, 1.0, "pushing")
+
+
+def test_a_call_whose_actor_died_is_replaced_in_its_place_or_left_out():
+    def again(actor: str, error: ActorError):
+        return Call("second") if actor == "a" else None
+
+    def calls() -> dict:
+        gone = ActorUnavailableError("gone", None)
+        return {"a": Call(gone), "b": Call("first"), "c": Call(gone)}
+
+    asked = calls()
+    assert get_all(asked, 1.0, "answering", again=again) == ["second", "first"]
+    assert list(asked) == ["a", "b"]
+    with pytest.raises(ActorError, match=r"^a died while answering: its process is gone$"):
+        get_all(calls(), 1.0, "answering")
+
+
+def test_calls_that_are_over_are_heard_and_a_replaced_one_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(remote.ray, "wait", lambda calls, num_returns, timeout: (calls[:2], calls[2:]))
+    going, forever = Call("goes on"), Call(GetTimeoutError())
+    calls = {"a": Call("over"), "b": Call(ActorUnavailableError("gone", None)), "c": going}
+    assert get_done(calls, "collecting", lambda actor, error: forever) == {"b": forever, "c": going}
+    assert get_done(calls, "collecting", lambda actor, error: None) == {"c": going}
+    with pytest.raises(ActorError, match=r"^b died while collecting"):
+        get_done(calls, "collecting")
+    assert get_done({}, "collecting") == {}
+
+
+def test_a_late_actor_is_not_asked_again():
+    with pytest.raises(ActorError, match="did not answer"):
+        get_all({"a": Call(GetTimeoutError())}, 1.0, "answering", again=lambda actor, error: Call(1))
+
+
+def test_the_last_lines_are_the_processs_own(tmp_path, monkeypatch):
+    node = SimpleNamespace(get_logs_dir_path=lambda: str(tmp_path))
+    monkeypatch.setattr(remote.ray._private.worker, "_global_node", node)
+    (tmp_path / "worker-aa-01000000-4711.err").write_text(":actor_name:TrainerActor\none\ntwo\n\nthree\nfour\n")
+    (tmp_path / "worker-aa-01000000-4711.out").write_text(":task_name:step\n")
+    (tmp_path / "worker-bb-01000000-47110.err").write_text("another's\n")
+    assert last_lines(died()) == ("two", "three", "four")
+    assert last_lines(RayActorError()) == ()

@@ -1,0 +1,160 @@
+"""Who is started again, how often, and what is said in the end; which silence is a death."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import ray
+
+from grpo import supervision
+from grpo.config import RayConfig
+from grpo.errors import ActorError
+from grpo.preemption import REQUEST, Preempted
+from grpo.supervision import Supervisor, Watch, is_at_work, role, supervised
+
+
+def died(actor: str = "inference actor 1", log: tuple[str, ...] = ()) -> ActorError:
+    return ActorError(f"{actor} died while sampling", actor, log, died=True)
+
+
+@pytest.mark.parametrize(
+    ("actor", "expected"),
+    [
+        ("the inference actor", "inference"),
+        ("inference actor 12", "inference"),
+        ("training actor 0", "training"),
+        ("the replay buffer actor", "replay buffer"),
+    ],
+)
+def test_actors_have_roles(actor, expected):
+    assert role(actor) == expected
+
+
+def test_each_actor_is_started_again_as_often_as_allowed_and_roles_are_counted_together():
+    supervisor = Supervisor(RayConfig(max_restarts=2))
+    assert supervisor.count(died("inference actor 0"), "") == "restart 1 of at most 2"
+    supervisor.at = lambda: 7
+    assert supervisor.count(died(), "") == "restart 1 of at most 2, behind step 7"
+    assert supervisor.count(died(), "") == "restart 2 of at most 2, behind step 7"
+    assert supervisor.restarts == {"inference": 3}
+    with pytest.raises(
+        ActorError,
+        match=r"^inference actor 1 died while sampling, behind step 7; it wrote last: one \| two; it was started again 2 "
+        r"times, as often as ray.max_restarts allows; checkpoint_000003 is whole$",
+    ):
+        supervisor.count(died(log=("one", "two")), "checkpoint_000003 is whole")
+    assert supervisor.restarts == {"inference": 3}
+
+
+def test_an_error_that_no_actor_is_to_blame_for_ends_the_run():
+    with pytest.raises(ActorError, match=r"^no batch could be made$"):
+        Supervisor(RayConfig()).count(ActorError("no batch could be made"), "")
+
+
+def test_a_run_that_goes_on_in_another_process_goes_on_counting():
+    supervisor = Supervisor(RayConfig())
+    supervisor.take_up({"training": 2})
+    supervisor.count(died("training actor 0"), "")
+    assert supervisor.restarts == {"training": 3}
+    supervisor.take_up({"training": 2})  # the checkpoint that it went on from, of this process's own run
+    assert supervisor.restarts == {"training": 3}
+
+
+def test_the_error_keeps_its_actor_on_the_way_out_of_another_actor():
+    error = pickle.loads(pickle.dumps(died(log=("a",))))
+    assert (str(error), error.actor, error.log) == ("inference actor 1 died while sampling", "inference actor 1", ("a",))
+
+
+class Part:
+    """A run whose every attempt ends as it is told."""
+
+    def __init__(self, *ends) -> None:
+        self.ends, self.resumed = list(ends), []
+
+    @contextmanager
+    def build(self, config, run_dir, supervisor):
+        self.resumed.append(config.resume)
+        yield SimpleNamespace(begin=lambda: None, finish=lambda: None)
+
+    def train(self, run) -> None:
+        if end := self.ends.pop(0):
+            raise end
+
+
+@pytest.fixture
+def config():
+    from grpo.launch import compose
+
+    return compose("grpo_arithmetic", ["ray.max_restarts=1"])
+
+
+def test_a_run_goes_on_from_its_newest_checkpoint_and_a_second_death_of_another_actor_counts_apart(config, tmp_path, capsys):
+    part = Part(died(), died("the reference actor"), None)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "LATEST").write_text("checkpoint_000003\n")
+    supervised(config, tmp_path, part.build, part.train)
+    assert part.resumed == [None, str(tmp_path), str(tmp_path)]
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == (
+        "Warning: inference actor 1 died while sampling; the run goes on from checkpoint_000003 (restart 1 of at most 1)"
+    )
+    assert second.startswith("Warning: the reference actor died while sampling; the run goes on from checkpoint_000003")
+
+
+def test_an_actor_that_dies_while_the_run_is_asked_to_end_is_not_started_again(config, tmp_path):
+    part = Part(died())
+
+    def train(run) -> None:
+        REQUEST.reason = "SIGTERM"
+        part.train(run)
+
+    with pytest.raises(Preempted, match="SIGTERM") as ended:
+        supervised(config, tmp_path, part.build, train)
+    assert ended.value.saved == "nothing"
+    assert REQUEST.reason is None
+
+
+@pytest.mark.parametrize(("at_work", "killed"), [(False, True), (True, False)])
+def test_silence_is_a_death_where_nothing_works(monkeypatch, at_work, killed, capsys):
+    monkeypatch.setattr(supervision, "ask", lambda actor: actor)
+    monkeypatch.setattr(ray, "wait", lambda calls, timeout: ([], calls))
+    monkeypatch.setattr(supervision, "is_at_work", lambda pid: at_work)
+    struck = []
+    monkeypatch.setattr(supervision.os, "kill", lambda *arguments: struck.append(arguments))
+    watch = Watch({"the training actor": "call"}, 10.0, print)
+    watch.watched["the training actor"].pid_here = 4711
+    assert watch.interval_s == 1.25
+    for _ in range(8):
+        assert not struck
+        watch.look(1.25)
+    for _ in range(20):  # it is not killed twice
+        watch.look(1.25)
+    assert struck == ([(4711, signal.SIGKILL)] if killed else [])
+    assert ("did not answer for 10 s" in capsys.readouterr().err) == killed
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="threads are looked for in /proc")
+@pytest.mark.parametrize(
+    ("code", "number", "expected"),
+    [("pow(3, 10**9)", None, True), ("time.sleep(60)", None, False), ("pow(3, 10**9)", signal.SIGSTOP, False)],
+)
+def test_a_process_is_at_work_while_it_computes(code, number, expected):
+    process = subprocess.Popen([sys.executable, "-c", f"import time; print(1, flush=True); {code}"], stdout=subprocess.PIPE)
+    try:
+        process.stdout.readline()
+        if number:
+            process.send_signal(number)
+        deadline = time.monotonic() + 5
+        while is_at_work(process.pid) != expected and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert is_at_work(process.pid) == expected
+    finally:
+        process.kill()
+        process.wait()
+    assert not is_at_work(process.pid) and not is_at_work(None)
