@@ -7,22 +7,30 @@ python -m grpo.evaluate. The parts are imported once they are needed, since that
 import importlib
 import json
 import os
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from grpo.config import RunConfig
 from grpo.launch import SCRIPTS
-from grpo.offline_config import OfflineConfig
-from grpo.resume import SUMMARY, read_config
+from grpo.resume import SUMMARY, Config, read_config
 
 
-def build(config: RunConfig | OfflineConfig, run_dir: str | Path) -> AbstractContextManager[Any]:
-    """A run in the directory `run_dir`, whose actors are up; leaving the context ends every process that it started."""
-    return importlib.import_module(SCRIPTS[config.mode].parts).build(config, _made(run_dir))
+@contextmanager
+def build(config: Config, run_dir: str | Path) -> Iterator[Any]:
+    """A run in the directory `run_dir`, whose actors are up; leaving the context ends every process that it started.
+
+    An actor that cannot be started again where it is ends it; `train` then starts them all again.
+    """
+    path = _made(run_dir)
+    parts = importlib.import_module(SCRIPTS[config.mode].parts)
+    from grpo.supervision import attended  # here: it imports Ray
+
+    with attended(config), parts.build(config, path) as run:
+        yield run
 
 
-def train(config: RunConfig | OfflineConfig, run_dir: str | Path) -> dict:
+def train(config: Config, run_dir: str | Path) -> dict:
     """The whole run, as the mode's script has it; returns what is in summary.json.
 
     `run_dir` is new, or that of the run that `config.resume` names. Raises UserError with what the script's one line says.

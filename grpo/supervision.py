@@ -31,17 +31,25 @@ from grpo.errors import ActorError
 from grpo.leftovers import marked
 from grpo.preemption import REQUEST, Preempted, listen
 from grpo.remote import ask, get_all, wait_until_back
+from grpo.resume import Config
+
+
+@contextmanager
+def attended(config: Config) -> Iterator[None]:
+    """Take requests to end, and leave nothing behind that the next run does not remove."""
+    with marked(), listen(config.train.grace_s, config.train.max_wall_time):
+        yield
 
 
 def supervised(
-    config: Any,
+    config: Config,
     run_dir: Path,
-    build: Callable[[Any, Path, "Supervisor"], AbstractContextManager],
+    build: Callable[[Config, Path, "Supervisor"], AbstractContextManager],
     train: Callable[[Any], None],
 ) -> None:
     """Build the run, train and finish it; where an actor dies, again from the newest checkpoint, as resume= does."""
     supervisor = Supervisor(config.ray)
-    with marked(), listen(config.train.grace_s, config.train.max_wall_time):
+    with attended(config):
         while True:
             try:
                 with build(config, run_dir, supervisor) as run:
