@@ -1,7 +1,7 @@
 """What does sampling while training gain? The same samples, synchronous and asynchronous, each role on a core of its own.
 
     python -m benchmarks.overlap                # writes benchmarks/results/overlap.json
-    python -m benchmarks.overlap --max-tokens 192 --name overlap_long    # generation three times as long
+    python -m benchmarks.overlap --in-flight 3 --name overlap_long       # generation about three times as long as training
 
 The random 50M-parameter model. The engine's process is bound to one core and the trainer's to another, as if they were
 devices of their own, and each computes with one thread; driver, collector and buffer use either. Then the asynchronous run
@@ -23,13 +23,7 @@ from benchmarks.subjects import configuration
 from grpo.config import RunConfig
 from grpo.plan import Plan, make_plan
 
-RESPONSES = 32  # a step; two prompts in flight make generation about as long as training
-SMALL = [
-    "env.num_envs=2",
-    f"train.dialog_turns_per_batch={RESPONSES}",
-    f"train.optim_batch_size={RESPONSES}",
-    "train.gradient_accumulation_steps=2",
-]
+RESPONSES = 24  # a step
 
 
 def bind(actors: list, core: int) -> None:
@@ -41,7 +35,7 @@ def bind(actors: list, core: int) -> None:
 
 
 def measure(mode: str, bound: bool, steps: int, overrides: list[str]) -> dict:
-    """A run of `steps` optimiser steps: its summary, and the seconds between its second step and its last."""
+    """The summary of a run of `steps` optimiser steps, with how old its data was."""
     import grpo_async
     import grpo_sync
     import grpo_utils
@@ -70,8 +64,10 @@ def measure(mode: str, bound: bool, steps: int, overrides: list[str]) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--max-tokens", type=int, default=64, help="of a response")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument(
+        "--in-flight", type=int, default=12, help="responses at a time: the fewer, the longer generation takes"
+    )
     parser.add_argument("--name", default="overlap", help="of the result")
     parser.add_argument("overrides", nargs="*", help="configuration keys, key=value")
     arguments = parser.parse_args()
@@ -79,8 +75,12 @@ def main() -> None:
         "train.kl_to_ref_coeff=0",
         "env.test_size=8",
         "env.validation_size=8",
-        f"inference_model.max_tokens={arguments.max_tokens}",
-        *SMALL,
+        "inference_model.max_tokens=64",
+        "env.num_envs=1",
+        f"env.repeats={arguments.in_flight}",
+        f"train.dialog_turns_per_batch={RESPONSES}",
+        f"train.optim_batch_size={RESPONSES}",
+        "train.gradient_accumulation_steps=2",
         f"train.total_dialog_turns={arguments.steps * RESPONSES}",
         *arguments.overrides,
     ]
