@@ -8,7 +8,7 @@ REQUIREMENTS := $(if $(HAS_GPU),requirements_ifeval.txt,requirements_cpu.txt)
 PIP_FLAGS := $(if $(HAS_GPU),,--no-deps)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-unit test-soak test-gpu lint format bench clean
+.PHONY: help setup train test test-unit test-soak test-gpu test-slurm lint format docs bench clean
 
 help:          ## show this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: [^#]*##/\t/' | expand -t 14
@@ -26,7 +26,7 @@ train: setup   ## train the built-in model on arithmetic; prints held-out accura
 	$(BIN)/python grpo_sync.py --config-name grpo_arithmetic
 
 test: setup    ## the tests of every part, in about half an hour
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not slurm"
 
 test-unit: setup ## the tests that need no actors: seconds
 	$(BIN)/python -m pytest tests/unit -m "not slow"
@@ -37,6 +37,10 @@ test-soak: setup ## the long tests
 test-gpu: setup ## the tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest -m gpu
 
+test-slurm: setup ## the job scripts, on a Slurm of two nodes on this machine: as root, on Debian
+	tests/slurm/install.sh
+	REQUIRE_SLURM=1 $(BIN)/python -m pytest tests/slurm -m slurm
+
 lint: setup    ## ruff, without changing anything
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -44,6 +48,9 @@ lint: setup    ## ruff, without changing anything
 format: setup  ## ruff, mending what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: setup    ## docs/configuration.md and the tables of docs/memory.md, made from the code
+	$(BIN)/python -m docs.generate
 
 bench: setup .venv-peers/installed ## the figures of README.md, written to benchmarks/results
 	$(BIN)/python -m benchmarks.step --model builtin

@@ -5,6 +5,7 @@ starts.
 """
 
 import gc
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
@@ -22,7 +23,7 @@ from grpo import builtin, tasks
 from grpo.admission import Admission, UniformAdmission
 from grpo.background import BUFFER, CollectorActor
 from grpo.checkpoint import Checkpoint, CheckpointWriter
-from grpo.cluster import join_ranks, start_actors, start_ray
+from grpo.cluster import check_shared, join_ranks, on_node, reserve, start_actors, start_ray
 from grpo.collect import PromptEnv, PromptStream, make_finish
 from grpo.collector import GroupCollector, InferencePolicy
 from grpo.config import RunConfig
@@ -71,6 +72,7 @@ def build(config: RunConfig, run_dir: Path, supervisor: Supervisor | None = None
         closing.callback(lambda: supervisor.before.update(grading=grading.restarts))
         check_reward_function(grading, data["train"].problems[:group_size])
         start_ray(config.ray, sum(plan.roles.values()), closing)
+        check_shared(config.ray, plan.nodes, shared_paths(config, run_dir, model))
         ranks, references, actors = start_models(config, plan, model, supervisor)
         watched = named("training", ranks) | named("reference", references) | named("inference", actors)
         timeout_s = config.ray.timeout_s
@@ -107,7 +109,7 @@ def build(config: RunConfig, run_dir: Path, supervisor: Supervisor | None = None
             closing.callback(_end_background, make_run.keywords["background"])
         else:
             buffer, collectors, start_collector = start_collectors(
-                config, model, data["train"], actors, references, supervisor
+                config, plan, model, data["train"], actors, references, supervisor
             )
             watched |= {BUFFER: buffer} | collectors
             make_run = partial(
@@ -206,6 +208,13 @@ def load_data(config: RunConfig, task: tasks.Task, tokenizer: PreTrainedTokenize
     return data
 
 
+def shared_paths(config: RunConfig, run_dir: Path, model: str) -> list[str]:
+    """What every node of a cluster must see."""
+    reward_fn = config.env.reward_fn or ""
+    code = [reward_fn.rpartition(":")[0]] if ".py:" in reward_fn else []
+    return [str(run_dir), *([model] if os.path.isdir(model) else []), *code]
+
+
 def start_models(
     config: RunConfig, plan: Plan, model: str, supervisor: Supervisor
 ) -> tuple[list[ActorHandle], list[ActorHandle], list[ActorHandle]]:
@@ -214,15 +223,18 @@ def start_models(
     Ray starts references again that die, and engines where the last push is still there for them; all else is started anew.
     """
 
+    parallel = config.inference_model.tensor_parallel_size
+    gpus = {role: plan.gpus_per_process * (parallel if role == "inference" else 1) for role in plan.roles}
+    places = reserve(config.ray, plan.nodes_of, gpus)
+
     def start(role: str, cls: type, environment: dict[str, str], *arguments) -> list[ActorHandle]:
-        if role not in plan.roles:
+        if role not in places:
             return []
-        gpus = plan.gpus_per_process * (config.inference_model.tensor_parallel_size if role == "inference" else 1)
-        count, restarts = plan.roles[role], None
+        restarts = None
         if role == "reference" or (role == "inference" and plan.transport == "shared_memory"):
-            restarts = [supervisor.left(name) for name in named(role, [None] * count)]
+            restarts = [supervisor.left(name) for name in named(role, places[role])]
         threads = plan.threads[role]
-        return start_actors(cls, count, plan.device, gpus, threads, environment, *arguments, restarts=restarts)
+        return start_actors(cls, places[role], plan.device, gpus[role], threads, environment, *arguments, restarts=restarts)
 
     inference, attention = config.inference_model, config.model.attn_implementation
     spec = engine_spec(config, model, plan.device)
@@ -329,22 +341,26 @@ def make_admission(config: RunConfig) -> Admission:
 
 def start_collectors(
     config: RunConfig,
+    plan: Plan,
     model: str,
     data: tasks.EncodedProblems,
     engines: list[ActorHandle],
     references: list[ActorHandle],
     supervisor: Supervisor,
 ) -> tuple[ActorHandle, dict[str, ActorHandle], Callable[[str], ObjectRef]]:
-    """The replay buffer's actor, a collector beside each engine, by the names that errors use, and what starts one again.
+    """The replay buffer's actor, a collector on each engine's node, by the names that errors use, and what starts one again.
 
     The buffer is started by TorchRL's `as_remote`, not as its RayReplayBuffer, whose calls have no deadline.
     """
     resources = {"num_cpus": 0, "num_gpus": 0, "concurrency_groups": HEARTBEATS}
-    buffer = GroupBuffer.as_remote(resources).remote()
+    buffer = GroupBuffer.as_remote(resources).options(resources=on_node(config.ray, plan.nodes[0])).remote()
     shared, names = ray.put(data), list(named("inference", engines))
-    start = ray.remote(**resources, max_concurrency=3)(CollectorActor)
+    collector = ray.remote(**resources, max_concurrency=3)(CollectorActor)
     lives = [supervisor.left(name) for name in named("collector", engines)]
-    actors = [start.options(max_restarts=left).remote(config, model, name) for name, left in zip(names, lives, strict=True)]
+    actors = [
+        collector.options(resources=on_node(config.ray, node), max_restarts=left).remote(config, model, name)
+        for name, node, left in zip(names, plan.nodes_of["inference"], lives, strict=True)
+    ]
     collectors = named("collector", actors)
     engine_of = dict(zip(collectors, engines, strict=True))
 

@@ -43,7 +43,7 @@ RENAMED = {
 class EnvConfig:
     """The task: where prompts come from and how responses are scored."""
 
-    dataset: str = "gsm8k"  # a file of grpo/tasks
+    dataset: str = "gsm8k"  # the task, a file of grpo/tasks: arithmetic, countdown, gsm8k, ifeval, math
     data: str | None = None  # a local JSONL or Parquet file instead of the hub's data set
     max_samples: int | None = None  # training problems, at most: a sample drawn by a fixed seed
     style: str = "hash"  # what gsm8k's prompt asks for: hash (#### NUMBER), think (<think>...</think><answer>...</answer>)
@@ -52,13 +52,13 @@ class EnvConfig:
     reward_shape: str | None = None  # what a verdict earns: correctness, format, arithmetic, hybrid; null: the task's own
     reward_weights: dict[str, float] = field(default_factory=dict)  # instead of the shape's: {TERM: WEIGHT}
     reward_fn: str | None = None  # PATH.py:FUNCTION or MODULE:FUNCTION that replaces the task's reward
-    grading_processes: int = 2
-    grading_timeout_s: float = 10.0  # a response
-    reward_timeout_s: float = 60.0  # a call of reward_fn, which gets a group
-    grading_memory_gb: float = 4.0  # a grading process; one that needs more is replaced, and its response a grader_error
+    grading_processes: int = 2  # processes that grade side by side
+    grading_timeout_s: float = 10.0  # seconds a response
+    reward_timeout_s: float = 60.0  # seconds a call of reward_fn, which gets a group
+    grading_memory_gb: float = 4.0  # GB a grading process; one that needs more is replaced, its response a grader_error
     num_envs: int = 64  # groups in flight at an engine
     repeats: int = 8  # group size K: responses sampled for a prompt
-    max_prompt_length: int = 256  # tokens; longer prompts are dropped and counted
+    max_prompt_length: int = 256  # tokens of a prompt; longer ones are dropped and counted
     validation_size: int = 500  # prompts held out for eval_frequency
     test_size: int = 1000  # held-out prompts of the before/after comparison, at most
 
@@ -104,12 +104,12 @@ class EnvConfig:
 
 @dataclass
 class ModelConfig:
-    """The language model that is trained: a directory in transformers format, a hub name, or builtin/arithmetic."""
+    """The language model that is trained; `model=NAME` picks a file of config/model."""
 
-    name: str = "Qwen/Qwen2.5-3B-Instruct"
+    name: str = "Qwen/Qwen2.5-3B-Instruct"  # a directory in transformers format, a hub name, or builtin/arithmetic
     cache_dir: str = ".cache"  # where builtin models are kept once made
-    attn_implementation: str = "sdpa"  # of the trainer and the reference, as transformers names them
-    matmul_precision: str = "highest"  # of their float32 products; high and medium may round them to TF32 and bfloat16
+    attn_implementation: str = "sdpa"  # attention of trainer and reference, as transformers names it
+    matmul_precision: str = "highest"  # of float32 products: high and medium may round them to TF32 and bfloat16
 
     def __post_init__(self) -> None:
         _one_of("model.matmul_precision", self.matmul_precision, ("highest", "high", "medium"))
@@ -122,9 +122,9 @@ ALL_LINEAR = "all-linear"
 class LoraConfig:
     """Low-rank adapters (peft): the model's weights W stay, and what trains are B and A of W + alpha / r * B A."""
 
-    enabled: bool = False
+    enabled: bool = False  # train adapters only
     r: int = 16  # rank
-    alpha: float = 32.0
+    alpha: float = 32.0  # weight of the adapters' product, over r
     # Of the adapters' input, while a step is taken; above 0 the ratio of a rollout to its own policy is not 1.
     dropout: float = 0.0
     target_modules: Any = ALL_LINEAR  # all but the output layer; or names of modules, [q_proj,v_proj] or "q_proj,v_proj"
@@ -151,7 +151,7 @@ class LoraConfig:
 class QuantizationConfig:
     """4 bits a weight, in the linear layers of a model that does not change (bitsandbytes' NF4)."""
 
-    enabled: bool = False
+    enabled: bool = False  # with LoRA; needs bitsandbytes. Engines and model/ get what the 4 bits stand for
 
 
 @dataclass
@@ -194,12 +194,12 @@ class InferenceModelConfig:
 
     num_devices: int = 1  # replicas that share the prompts
     tensor_parallel_size: int = 1  # GPUs a replica of vLLM, or processes on a CPU
-    backend: str = "vllm"
+    backend: str = "vllm"  # or transformers, which is slower and runs where vLLM does not
     dtype: str = "auto"  # of vLLM on a GPU: auto is the model's own, bfloat16 for a float32 one; a CPU computes in float32
     gpu_memory_utilization: float = 0.9  # share of a GPU's memory that vLLM may take; a CPU gets what num_envs needs
     max_tokens: int = 512  # response budget in tokens
-    temperature: float = 1.0
-    top_p: float = 1.0
+    temperature: float = 1.0  # at which responses are sampled, and scored by the trainer
+    top_p: float = 1.0  # sample from the likeliest tokens that have this much probability; below 1 only at temperature 1
     enforce_eager: bool = False  # no compilation: starts faster; always on without a GPU
 
     def __post_init__(self) -> None:
@@ -245,10 +245,12 @@ class ObjectiveConfig:
 
     policy_loss: str = "clip"  # a file of grpo/objectives/policy
     clip_low: float = 0.2  # ratio is clipped to [1 - clip_low, 1 + clip_high]
-    clip_high: float = 0.2
+    clip_high: float = 0.2  # the upper end of that
     aggregation: str = "response"  # mean over tokens, then responses; token: over all tokens; constant: over their budget
-    baseline: str = "mean"  # of a group's rewards; leave_one_out: of the others'
-    advantage_scale: str = "group"  # its standard deviation; batch: the collection's; none
+    baseline: str = "mean"  # what a reward is compared with: the group's mean; leave_one_out: the others' mean
+    advantage_scale: str = (
+        "group"  # the difference is divided by the group's standard deviation; batch: the collection's; none
+    )
     divergence: str = "k3"  # weighed by train.kl_to_ref_coeff: k1, k2, k3, kl (a hinge on a response), ot (on hidden states)
     kl_margin: float = 0.05  # nats a token below which a response costs nothing
     ot_anchor: str = "reference"  # whose states count; old: the policy's own before the collection's first step
@@ -296,10 +298,10 @@ class TrainConfig:
     is_cap: float = 2.0  # the largest weight; beyond it is truncated to it, or masked
     is_level: str = "token"  # or sequence: a response's tokens share their product
     use_kl_to_ref: bool = True  # false: no reference model at all
-    kl_to_ref_coeff: float = 0.01
-    kl_to_inference_coeff: float = 0.0
+    kl_to_ref_coeff: float = 0.01  # weight of objective.divergence
+    kl_to_inference_coeff: float = 0.0  # weight of KL to the policy that sampled (k1)
     kl_coef_in_loss: bool = True  # false: the reference term is taken off the reward
-    entropy_coeff: float = 0.0
+    entropy_coeff: float = 0.0  # weight of the entropy bonus
     eval_frequency: int = 0  # optimiser steps between evaluations on the validation split; 0: never
     stop_when: int | None = None  # evaluations in a row without a better accuracy after which the run ends
     checkpoint_frequency: int = 100  # optimiser steps between checkpoints; 0: only at the end
@@ -347,13 +349,14 @@ class TrainConfig:
 class OptimizerConfig:
     """The optimiser and its schedule: a linear ramp, then constant."""
 
-    # adamw_offload: weights, gradients and states in the CPU's memory, stepped there; adamw_8bit: states of 8 bits.
+    # adamw, adam, sgd; adamw_offload: AdamW with weights, gradients and states in shards in the CPU's memory, stepped there;
+    # adamw_8bit: AdamW with states of 8 bits.
     name: str = "adamw"
-    lr: float = 1e-6
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.99)
-    warmup_steps: int = 10
-    clip_grad_norm: float = 1.0
+    lr: float = 1e-6  # learning rate after the ramp
+    weight_decay: float = 0.0  # decoupled in AdamW
+    betas: tuple[float, float] = (0.9, 0.99)  # decay of Adam's two averages
+    warmup_steps: int = 10  # optimiser steps of the linear ramp
+    clip_grad_norm: float = 1.0  # largest norm of the whole gradient
 
     def __post_init__(self) -> None:
         _one_of("optimizer.name", self.name, ("adamw", "adamw_offload", "adamw_8bit", "adam", "sgd"))
@@ -370,12 +373,14 @@ class OptimizerConfig:
 
 @dataclass
 class RayConfig:
-    """The cluster that hosts the actors: one is started for the run."""
+    """The cluster that hosts the actors: one is started for the run, on this machine, unless it joins another."""
 
+    address: str | None = None  # HOST:PORT of a cluster to join, or auto: what RAY_ADDRESS says
+    placement: str = "spread"  # of each role's processes over a cluster's nodes; pack: on as few nodes as hold them
     temp_dir: str | None = None  # keep it short: socket paths under it have 107 characters
     object_store_memory: int = 256 << 20  # bytes
-    start_timeout_s: float = 300.0  # until an actor has loaded its model
-    timeout_s: float = 600.0  # for any other call to an actor
+    start_timeout_s: float = 300.0  # seconds until an actor has loaded its model
+    timeout_s: float = 600.0  # seconds for any other call to an actor
     heartbeat_timeout_s: float = 30.0  # an actor that neither answers nor computes for so long is ended, and started again
     max_restarts: int = 3  # times that an actor is started again after it died; 0: the run ends
     min_engines: int | None = None  # with which the run goes on where others are gone for good; null: all
@@ -392,17 +397,24 @@ class RayConfig:
             f"must be below ray.timeout_s ({self.timeout_s:g}), or a stopped actor is not found out",
         )
         _at_least("ray", self, 80 << 20, "object_store_memory")
+        _one_of("ray.placement", self.placement, ("spread", "pack"))
+        _check(
+            self.address is None or re.fullmatch(r"auto|[\w.-]+:\d+", self.address) is not None,
+            "ray.address",
+            self.address,
+            "must be HOST:PORT, auto or null",
+        )
 
 
 @dataclass
 class SinksConfig:
     """Where metrics go besides metrics.jsonl, which is always written."""
 
-    progress: bool = True
-    wandb: bool = False
-    project: str = "grpo"
-    run_name: str | None = None  # the run directory's name by default
-    tensorboard: bool = False
+    progress: bool = True  # a progress bar on stderr
+    wandb: bool = False  # Weights & Biases, offline where it has no key
+    project: str = "grpo"  # in Weights & Biases
+    run_name: str | None = None  # in Weights & Biases; the run directory's name by default
+    tensorboard: bool = False  # TensorBoard, in the run directory's tensorboard/
 
 
 @dataclass
@@ -416,10 +428,10 @@ class LoggingConfig(SinksConfig):
 class RunConfig:
     """One run: every key that a user can type."""
 
-    mode: str = "sync"
-    seed: int = 0
-    device: str = "auto"
-    dry_run: bool = False
+    mode: str = "sync"  # or async: each script has its own
+    seed: int = 0  # of everything that is drawn
+    device: str = "auto"  # of every actor: cuda where there is a GPU, else cpu; or cpu, cuda, mps
+    dry_run: bool = False  # print devices, memory, steps, samples and the staleness bound, and start nothing
     resume: str | None = None  # the directory of a run to go on with, or auto: the newest that did not end
     resume_force: bool = False  # go on even where what is typed makes another run of it
     env: EnvConfig = field(default_factory=EnvConfig)

@@ -260,11 +260,9 @@ def report(
     return result
 
 
-def main() -> None:
-    if {"-h", "--help"} & set(sys.argv):
-        print(__doc__)
-        return
-    arguments, overrides = split_arguments(sys.argv[1:], dict.fromkeys(OWN, False), SECTIONS)
+def evaluate(typed: list[str]) -> dict:
+    """Do what the arguments KEY=VALUE ask for: write the report, print the table, and return the report."""
+    arguments, overrides = split_arguments(typed, dict.fromkeys(OWN, False), SECTIONS)
     k, limit = whole_number(arguments, "k", K, 0), whole_number(arguments, "max_samples", None, 1)
     config, models, out = configure(arguments, overrides)
     env, faults = config.env, []
@@ -294,6 +292,14 @@ def main() -> None:
         if its.without_verdict:
             lost, note = len(its.without_verdict), its.without_verdict[0].note
             print(f"{name}: {lost} responses have no verdict and count as not right, the first for this: {note}")
+    return result
+
+
+def main() -> None:
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+    else:
+        evaluate(sys.argv[1:])
 
 
 if __name__ == "__main__":

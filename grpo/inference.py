@@ -22,6 +22,7 @@ import numpy as np
 
 from grpo.config import RunConfig
 from grpo.errors import Restarted
+from grpo.nodes import use_node_interface
 from grpo.rollout import Completions
 from grpo.weight_sync import Receipt
 
@@ -172,6 +173,7 @@ class InferenceActor:
 
     async def start(self) -> int:
         """Load the model; returns the process id."""
+        use_node_interface()
         self.engine = make_engine(self.spec)
         return os.getpid()
 

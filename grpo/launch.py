@@ -8,7 +8,7 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from itertools import islice
@@ -26,8 +26,8 @@ from grpo.config import RunConfig, check_keys, from_dictconfig, known_keys, read
 from grpo.errors import ConfigError, UserError, one_line
 from grpo.offline_config import OfflineConfig
 from grpo.preemption import GraceOver, Preempted
-from grpo.resume import find_run, key_value, resumed_config
-from grpo.sweep import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PREEMPTED, jobs, parse_override, sweep, varying
+from grpo.resume import Config, find_run, key_value, resumed_config
+from grpo.sweep import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PREEMPTED, add_override, jobs, parse_override, sweep, varying
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "config"
 MOST_CHECKED = 64  # runs of a sweep, before the first one starts
@@ -49,7 +49,7 @@ SCRIPTS = {
 }
 
 
-def compose(config_name: str, overrides: list[str], cls: type = RunConfig) -> Any:
+def compose(config_name: str, overrides: Sequence[str] = (), cls: type[Config] = RunConfig) -> Config:
     """The checked configuration of config/`config_name`.yaml with `overrides`; raises ConfigError in one line.
 
     Only keys of `cls` may be overridden.
@@ -58,7 +58,7 @@ def compose(config_name: str, overrides: list[str], cls: type = RunConfig) -> An
     try:
         check_keys([parse_override(override).key_or_group for override in overrides], groups, cls)
         with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            return from_dictconfig(hydra.compose(config_name, overrides=overrides))
+            return from_dictconfig(hydra.compose(config_name, overrides=list(overrides)))
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(readable(error)) from None
 
@@ -79,30 +79,29 @@ def deferred_interrupt() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def launch(mode: str, default_config: str, main: Callable[[Any, Path], None]) -> None:
+def launch(mode: str, default_config: str, main: Callable[[Config, Path], None]) -> None:
     """Run `main(config, run_dir)` under Hydra, or go on with the run that resume= means; the exit codes are above.
 
     User errors end in one line on stderr.
     """
     starting = ExitStack()
     starting.enter_context(deferred_interrupt())
-    if mode == "async" and not any(argument.startswith("mode=") for argument in sys.argv[1:]):
-        sys.argv.append("mode=async")  # which the configurations, made for both, do not say
     arguments = get_args_parser().parse_args()
+    if mode == "async" and not any(override.startswith("mode=") for override in arguments.overrides):
+        add_override("mode=async", arguments.overrides)  # which the configurations, made for both, do not say
     information = arguments.help or arguments.hydra_help or arguments.info or arguments.cfg
     resumed = None
     try:
-        if arguments.multirun:
+        if arguments.multirun and not information:
             planned = _check_sweep(arguments, mode, default_config)
-        elif not information:
+            starting.close()
+            sys.exit(sweep(CONFIG_DIR, default_config, arguments.overrides, planned))
+        if not information:
             resumed = _check(arguments, mode, default_config)
     except UserError as error:
         sys.exit(_report(error))
-    if arguments.multirun:
-        starting.close()
-        sys.exit(sweep(CONFIG_DIR, default_config, planned))
 
-    def run(config: Any, run_dir: Path) -> None:
+    def run(config: Config, run_dir: Path) -> None:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # TorchRL imports vLLM here too
         try:
             importlib.import_module(SCRIPTS[mode].parts)
@@ -173,7 +172,7 @@ def _check_sweep(arguments, mode: str, default_config: str) -> list[list[str]]:
     return [] if chosen else [[item for item in its if not item.startswith("hydra")] for its in planned]
 
 
-def _check(arguments, mode: str, default_config: str) -> tuple[Any, Path] | None:
+def _check(arguments, mode: str, default_config: str) -> tuple[Config, Path] | None:
     """Raise ConfigError for what cannot work; returns the run to go on with, if that was asked for."""
     name, overrides = _config_name(arguments, default_config), list(arguments.overrides)
     config = compose(name, overrides, SCRIPTS[mode].config)
@@ -196,7 +195,7 @@ def _check(arguments, mode: str, default_config: str) -> tuple[Any, Path] | None
     return None if run_dir is None else (config, run_dir)
 
 
-def _plan(config: Any, mode: str) -> Any:
+def _plan(config: Config, mode: str) -> Any:
     """What `config` will use; raises ConfigError where it cannot work here."""
     if config.mode != mode:
         script, other = SCRIPTS[mode].file, SCRIPTS[config.mode].file

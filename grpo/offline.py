@@ -3,6 +3,7 @@
 Everything that can be wrong without an actor (data, configuration, machine, model) is found before Ray starts.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo import builtin
 from grpo.checkpoint import Checkpoint, CheckpointWriter
-from grpo.cluster import join_ranks, start_actors, start_ray
+from grpo.cluster import check_shared, join_ranks, reserve, start_actors, start_ray
 from grpo.errors import ConfigError, DataError
 from grpo.metrics import METRICS_FILE, Clock, RunLog
 from grpo.models import check_files, load_tokenizer
@@ -42,6 +43,7 @@ def build(config: OfflineConfig, run_dir: Path, supervisor: Supervisor | None = 
         if resumed is not None:
             check_resume(resumed, config, train, num_steps)
         start_ray(config.ray, config.train_model.num_devices, closing)
+        check_shared(config.ray, plan.nodes, [str(run_dir), *([model] if os.path.isdir(model) else [])])
         ranks, timeout_s = start_ranks(config, plan, model), config.ray.timeout_s
         closing.enter_context(supervisor.watching(named("training", ranks)))
         trainer = OfflineTrainerPool(ranks, config.train.gradient_accumulation_steps, None, timeout_s)
@@ -115,7 +117,8 @@ def start_ranks(config: OfflineConfig, plan: OfflinePlan, model: str) -> list[Ac
         matmul_precision=config.model.matmul_precision,
         lora_path=None if config.lora_path is None else str(Path(config.lora_path).absolute()),
     )
-    count, gpus = config.train_model.num_devices, plan.gpus_per_process
-    ranks = start_actors(OfflineTrainerActor, count, plan.device, gpus, plan.threads, {}, spec)
+    gpus, nodes = plan.gpus_per_process, [plan.nodes[i] for i in plan.places["trainer"]]
+    places = reserve(config.ray, {"trainer": nodes}, {"trainer": gpus})["trainer"]
+    ranks = start_actors(OfflineTrainerActor, places, plan.device, gpus, plan.threads, {}, spec)
     join_ranks(ranks, config.ray)
     return ranks

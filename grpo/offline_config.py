@@ -58,16 +58,16 @@ class OfflineTrainConfig:
 class OfflineConfig:
     """One offline run: every key that a user can type."""
 
-    mode: str = "offline"
+    mode: str = "offline"  # the script's own
     data: str | None = None  # a JSONL file of groups, see grpo/scored.py
     max_seq_length: int = 512  # tokens of prompt and completion; longer completions are left out and counted
     batch_size: int = 8  # groups an optimiser step
     num_epochs: int = 1  # how often each group is trained on
     eval_share: float = 0.1  # of the prompts, whose groups are held out for the evaluation
     lora_path: str | None = None  # a directory in peft's format: its adapters are trained on
-    seed: int = 0
-    device: str = "auto"
-    dry_run: bool = False
+    seed: int = 0  # of everything that is drawn
+    device: str = "auto"  # of every actor: cuda where there is a GPU, else cpu; or cpu, cuda, mps
+    dry_run: bool = False  # print devices, memory, steps and samples, and start nothing
     resume: str | None = None  # the directory of a run to go on with, or auto: the newest that did not end
     resume_force: bool = False  # go on even where what is typed makes another run of it
     model: ModelConfig = field(default_factory=ModelConfig)

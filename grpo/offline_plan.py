@@ -2,15 +2,22 @@
 
 from dataclasses import dataclass
 
-import psutil
-import torch
-
 from grpo.adapters import check_adapter
 from grpo.errors import ConfigError
 from grpo.four_bit import check_four_bit
 from grpo.models import num_adapter_parameters, num_parameters
+from grpo.nodes import Node
 from grpo.offline_config import OfflineConfig
-from grpo.plan import find_architecture, num_cores, resolve_device, trainer_bytes
+from grpo.plan import (
+    check_memory,
+    describe_nodes,
+    find_architecture,
+    find_nodes,
+    num_threads,
+    place_roles,
+    resolve_device,
+    trainer_bytes,
+)
 from grpo.scored import hold_out, read_groups
 
 
@@ -19,6 +26,8 @@ class OfflinePlan:
     """The answer; completions that are too long are known only once there is a tokenizer."""
 
     device: str
+    nodes: list[Node]  # this machine, or the cluster's, the driver's first
+    places: dict[str, list[int]]  # the node of each rank, under "trainer"
     gpus_per_process: float
     threads: int  # a rank
     parameters: int
@@ -38,6 +47,7 @@ class OfflinePlan:
             f"device            {self.device}" + f", {self.gpus_per_process:.2g} GPU a process" * (self.device == "cuda"),
             f"process           {config.train_model.num_devices} x trainer, about {self.memory_bytes / gib:.2f} GiB and "
             f"{self.threads} threads each",
+            *([] if config.ray.address is None else describe_nodes(self.nodes, self.places)),
             f"memory            for {self.parameters / 1e6:.1f} million parameters, activations not counted",
             f"trained           {what}: {self.trained / 1e6:.3g} million parameters in float32, passes in {passes}"
             + f", on a base with {self.in_four_bits / 1e6:.3g} million in 4 bits" * (self.in_four_bits > 0),
@@ -50,9 +60,10 @@ class OfflinePlan:
 
 
 def make_plan(config: OfflineConfig) -> OfflinePlan:
-    """Check data and configuration against each other and this machine; raises ConfigError or DataError in one line."""
+    """Check data, configuration and this machine, or the cluster, together; ConfigError or DataError in one line."""
     train, held_out = hold_out(read_groups(config.data), config.eval_share, config.seed)
-    device = resolve_device(config.device)
+    nodes = find_nodes(config.ray)
+    device = resolve_device(config.device, nodes)
     model, name = find_architecture(config.model.name, device), config.model.name
     positions = getattr(model, "max_position_embeddings", None)
     if positions is not None and config.max_seq_length > positions:
@@ -67,19 +78,20 @@ def make_plan(config: OfflineConfig) -> OfflinePlan:
     elif lora.enabled:
         trained = num_adapter_parameters(model, lora)
     memory = trainer_bytes(parameters, in_four_bits, trained, config.has_adapters, config.optimizer.name, ranks)
-    gpus = torch.cuda.device_count() if device == "cuda" else 0
+    gpus = sum(node.gpus for node in nodes) if device == "cuda" else 0
     if device == "cuda" and ranks > gpus:
-        raise ConfigError(f"train_model.num_devices ({ranks}) must be at most this machine's {gpus} GPUs")
-    there = psutil.virtual_memory().available
-    if device == "cpu" and memory * ranks > there:
-        raise ConfigError(
-            f"model.name ({name}) needs about {memory * ranks / 2**30:.1f} GiB of memory and {there / 2**30:.1f} GiB are "
-            "free: use a smaller model, or train_model.lora.enabled=true"
-        )
+        where = "this machine" if config.ray.address is None else "the cluster"
+        raise ConfigError(f"train_model.num_devices ({ranks}) must be at most {where}'s {gpus} GPUs")
+    roles, sizes = {"trainer": ranks}, {"trainer": 1}
+    places = place_roles(config.ray, nodes, roles, sizes, device, sharing=1)
+    if device == "cpu":
+        check_memory(name, nodes, places, {"trainer": memory}, 0, "train_model.lora.enabled=true")
     return OfflinePlan(
         device=device,
+        nodes=nodes,
+        places=places,
         gpus_per_process=1.0 if gpus else 0.0,
-        threads=max(1, num_cores() // ranks),
+        threads=num_threads(nodes, places, sizes, in_turns=True)["trainer"],
         parameters=parameters,
         trained=trained,
         in_four_bits=in_four_bits,

@@ -12,11 +12,13 @@ import torch
 from transformers import PreTrainedConfig
 
 from grpo import builtin
-from grpo.config import RunConfig
+from grpo.config import RayConfig, RunConfig
 from grpo.errors import ConfigError
 from grpo.four_bit import BYTES as FOUR_BITS
 from grpo.four_bit import check_four_bit
 from grpo.models import DTYPES, kv_cache_bytes, num_adapter_parameters, num_parameters, read_config
+from grpo.nodes import Node, cluster_nodes, find_address, join_cluster
+from grpo.placement import place
 from grpo.throughput import forecast, shape_of
 
 FLOAT32, FLOAT16 = 4, 2  # bytes
@@ -28,7 +30,8 @@ class Plan:
     """The answer; `device` is what every actor runs on."""
 
     device: str
-    roles: dict[str, int]  # processes a role
+    nodes: list[Node]  # this machine, or the cluster's, the driver's first
+    places: dict[str, list[int]]  # the node of each process, by role
     gpus_per_process: float  # below 1 where several share one
     threads: dict[str, int]  # a process of each role
     transport: str  # of weight pushes
@@ -37,6 +40,16 @@ class Plan:
     in_four_bits: int  # of them, of the policy
     memory_bytes: dict[str, int]  # estimate a role, weights, optimiser and key-value cache; activations come on top
     states_bytes: int  # of driver and replay buffer: the hidden states that divergence=ot compares with, at full length
+
+    @property
+    def roles(self) -> dict[str, int]:
+        """Processes a role."""
+        return {role: len(its) for role, its in self.places.items()}
+
+    @property
+    def nodes_of(self) -> dict[str, list[Node]]:
+        """The node of each process, by role."""
+        return {role: [self.nodes[i] for i in its] for role, its in self.places.items()}
 
     @property
     def total_memory_bytes(self) -> int:
@@ -52,6 +65,7 @@ class Plan:
                 f"{self.threads[role]} threads each"
                 for role, count in self.roles.items()
             ),
+            *self._nodes(config.ray),
             f"memory            about {self.total_memory_bytes / gib:.2f} GiB for "
             f"{self.parameters / 1e6:.1f} million parameters, activations not counted",
             *([f"anchor states     about {self.states_bytes / gib:.2f} GiB of them"] if self.states_bytes else []),
@@ -71,6 +85,9 @@ class Plan:
             f"time              {self._time(config)}",
         ]
         return "\n".join(lines)
+
+    def _nodes(self, config: RayConfig) -> list[str]:
+        return [] if config.address is None else describe_nodes(self.nodes, self.places)
 
     def _samples(self, config: RunConfig) -> str:
         total = config.train.total_dialog_turns
@@ -95,14 +112,84 @@ class Plan:
         return forecast(config, shape, self.device, gpu)
 
 
-def resolve_device(device: str) -> str:
-    """`auto` becomes cuda where there is a GPU, else cpu; a device that is not there is an error."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+def describe_nodes(nodes: list[Node], places: dict[str, list[int]]) -> list[str]:
+    """A line a node of the cluster: what runs there."""
+    lines = []
+    for i, node in enumerate(nodes):
+        there = [f"{its.count(i)} x {role}" for role, its in places.items() if i in its]
+        lines.append(f"node              {node.name}: {', '.join(there) or 'nothing'}")
+    return lines
+
+
+def resolve_device(device: str, nodes: list[Node] | None = None) -> str:
+    """`auto` becomes cuda where there is a GPU, else cpu; a device that none of `nodes` (this machine) has is an error."""
+    has_gpu = torch.cuda.is_available() if nodes is None else any(node.gpus for node in nodes)
+    available = {"cuda": has_gpu, "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
         return "cuda" if available["cuda"] else "cpu"
     if not available[device]:
         raise ConfigError(f"device ({device}) is not on this machine; use device=auto")
     return device
+
+
+def find_nodes(config: RayConfig) -> list[Node]:
+    """This machine; or the nodes of the cluster at ray.address, which this process joins, its own first."""
+    address = find_address(config)
+    if address is None:
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        return [Node("this machine", num_cores(), gpus, psutil.virtual_memory().available)]
+    join_cluster(address)
+    return cluster_nodes()
+
+
+def place_roles(
+    config: RayConfig, nodes: list[Node], roles: dict[str, int], sizes: dict[str, int], device: str, sharing: int
+) -> dict[str, list[int]]:
+    """The node of each process: `sharing` of them share a GPU; without GPUs each has a CPU, or any number on one machine."""
+    if config.address is None:
+        return {role: [0] * count for role, count in roles.items()}
+    room = [node.gpus * sharing if device == "cuda" else node.cores for node in nodes]
+    return place(roles, sizes, room, config.placement == "pack")
+
+
+def check_memory(
+    name: str, nodes: list[Node], places: dict[str, list[int]], memory: dict[str, int], extra: int, remedy: str
+) -> None:
+    """Raise ConfigError where a node has less memory than its processes of model `name` need; the first has `extra` too."""
+    for i, node in enumerate(nodes):
+        needed = sum(memory[role] * its.count(i) for role, its in places.items()) + extra * (i == 0)
+        if needed > node.memory_bytes:
+            where = "are free" if len(nodes) == 1 else f"are free on node {node.name}"
+            raise ConfigError(
+                f"model.name ({name}) needs about {needed / 2**30:.1f} GiB of memory and "
+                f"{node.memory_bytes / 2**30:.1f} GiB {where}: use a smaller model, or {remedy}"
+            )
+
+
+def num_threads(nodes: list[Node], places: dict[str, list[int]], sizes: dict[str, int], in_turns: bool) -> dict[str, int]:
+    """Threads a process of each role, so that no node has more than cores; roles that work `in_turns` have all of them."""
+
+    def share(role: str, i: int) -> int:
+        busy = [role] if in_turns else places
+        return nodes[i].cores // sum(places[one].count(i) * sizes[one] for one in busy)
+
+    return {role: max(1, min(share(role, i) for i in its)) for role, its in places.items()}
+
+
+def choose_transport(config: RunConfig, places: dict[str, list[int]], sharing: int) -> str:
+    """Of weight pushes; ConfigError for one that cannot work."""
+    transport, one_host = config.train.weight_transport, set(places["inference"]) == {places["trainer"][0]}
+    if transport == "auto":
+        if sharing == 1 and config.inference_model.backend == "vllm":
+            return "nccl"
+        return "shared_memory" if one_host else "gloo"
+    if transport == "nccl" and sharing != 1:
+        raise ConfigError("train.weight_transport (nccl) needs a GPU of its own for each process: use shared_memory")
+    if transport == "shared_memory" and not one_host:
+        raise ConfigError(
+            "train.weight_transport (shared_memory) needs every engine on the first training rank's node: use gloo"
+        )
+    return transport
 
 
 def check_positions(config: RunConfig, model: PreTrainedConfig) -> int:
@@ -159,8 +246,9 @@ def num_cores() -> int:
 
 
 def make_plan(config: RunConfig) -> Plan:
-    """Check the configuration against this machine; raises ConfigError in one line."""
-    device = resolve_device(config.device)
+    """Check the configuration against this machine, or the cluster; raises ConfigError in one line."""
+    nodes = find_nodes(config.ray)
+    device = resolve_device(config.device, nodes)
     model, name = find_architecture(config.model.name, device), config.model.name
     length = check_positions(config, model)
     roles = {"trainer": config.train_model.num_devices, "inference": config.inference_model.num_devices}
@@ -179,7 +267,7 @@ def make_plan(config: RunConfig) -> Plan:
     }
     memory = {role: memory[role] for role in roles}
     states = held_responses(config) * length * model.hidden_size * FLOAT16 if config.anchor else 0
-    gpus = torch.cuda.device_count() if device == "cuda" else 0
+    gpus = sum(node.gpus for node in nodes) if device == "cuda" else 0
     tensor_parallel = config.inference_model.tensor_parallel_size
     for key in ("num_attention_heads", "num_key_value_heads"):
         heads = getattr(model, key, tensor_parallel)
@@ -187,35 +275,36 @@ def make_plan(config: RunConfig) -> Plan:
             raise ConfigError(
                 f"inference_model.tensor_parallel_size ({tensor_parallel}) must divide the model's {key} ({heads})"
             )
-    processes = sum(roles.values()) + roles["inference"] * (tensor_parallel - 1)
+    sizes = {role: tensor_parallel if role == "inference" else 1 for role in roles}
+    processes = sum(count * sizes[role] for role, count in roles.items())
     sharing = -(-processes // gpus) if gpus else 0  # processes on the fullest GPU
+    where = "this machine" if config.ray.address is None else "the cluster"
     if sharing > 1 and roles["trainer"] > 1:
         raise ConfigError(
             f"train_model.num_devices ({roles['trainer']}) needs a GPU for each of the run's {processes} processes, since "
-            f"training ranks cannot share one, and this machine has {gpus}: lower it, or the other num_devices"
+            f"training ranks cannot share one, and {where} has {gpus}: lower it, or the other num_devices"
         )
     if sharing > 1 and tensor_parallel > 1:
         raise ConfigError(
             f"inference_model.tensor_parallel_size ({tensor_parallel}) needs a GPU for each of the run's {processes} "
-            f"processes, and this machine has {gpus}: lower it, or the num_devices"
+            f"processes, and {where} has {gpus}: lower it, or the num_devices"
         )
-    needed, there = sum(memory[role] * count for role, count in roles.items()) + states, psutil.virtual_memory().available
-    if device == "cpu" and needed > there:
-        raise ConfigError(
-            f"model.name ({name}) needs about {needed / 2**30:.1f} GiB of memory and {there / 2**30:.1f} GiB are free: "
-            "use a smaller model, or lower env.num_envs or inference_model.max_tokens"
-            + (", or train.dialog_turns_per_batch" if config.mode == "sync" else ", or train.buffer_size")
-            * (states > 0)
-        )
-    cores = num_cores()
-    busy = {role: count * (tensor_parallel if role == "inference" else 1) for role, count in roles.items()}
-    # In turns each role has the cores for itself; otherwise engines sample while trainers optimise.
-    threads = {role: max(1, cores // (n if config.staleness_bound == 0 else sum(busy.values()))) for role, n in busy.items()}
-    transport = config.train.weight_transport
-    if transport == "auto":
-        transport = "nccl" if sharing == 1 and config.inference_model.backend == "vllm" else "shared_memory"
-    if transport == "nccl" and sharing != 1:
-        raise ConfigError("train.weight_transport (nccl) needs a GPU of its own for each process: use shared_memory")
+    places = place_roles(config.ray, nodes, roles, sizes, device, sharing)
+    if device == "cpu":
+        held = ", or train.dialog_turns_per_batch" if config.mode == "sync" else ", or train.buffer_size"
+        remedy = "lower env.num_envs or inference_model.max_tokens" + held * (states > 0)
+        check_memory(name, nodes, places, memory, states, remedy)
     return Plan(
-        device, roles, 1 / sharing if sharing else 0.0, threads, transport, parameters, trained, policy, memory, states
+        device=device,
+        nodes=nodes,
+        places=places,
+        gpus_per_process=1 / sharing if sharing else 0.0,
+        # In turns each role has the cores for itself; otherwise engines sample while trainers optimise.
+        threads=num_threads(nodes, places, sizes, in_turns=config.staleness_bound == 0),
+        transport=choose_transport(config, places, sharing),
+        parameters=parameters,
+        trained=trained,
+        in_four_bits=policy,
+        memory_bytes=memory,
+        states_bytes=states,
     )

@@ -42,6 +42,12 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 LONGEST_REASON = 300  # characters
 
 
+def add_override(override: str, typed: list[str]) -> None:
+    """Add an override to the command line, next to those that were `typed`: argparse takes them in one row only."""
+    sys.argv.insert(sys.argv.index(typed[0]) if typed else len(sys.argv), override)
+    typed.insert(0, override)
+
+
 def parse_override(override: str) -> Override:
     try:
         return OverridesParser.create().parse_override(override)
@@ -56,11 +62,14 @@ def _values(override: str, parsed: Override, groups: dict[str, list[str]]) -> li
     if parsed.is_interval_sweep():
         values = [str(swept.start), str(swept.end)]
     elif isinstance(swept, Glob):
-        values = swept.filter(groups.get(parsed.key_or_group, []))
+        if parsed.key_or_group not in groups:
+            raise ConfigError(f"{override}: a pattern needs a group of configurations, {' or '.join(sorted(groups))}")
+        names = groups[parsed.key_or_group]
+        values = swept.filter(names)
+        if not values:
+            raise ConfigError(f"{override}: nothing there has such a name; there are {', '.join(names)}")
     else:
         values = list(parsed.sweep_string_iterator())
-    if not values:
-        raise ConfigError(f"{override}: there is nothing of that name; there are {', '.join(groups)}")
     return [f"{parsed.get_key_element()}={value}" for value in values]
 
 
@@ -143,11 +152,12 @@ def _handed_on(child: list[subprocess.Popen]) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _reason(code: int, output: Path) -> str:
-    """Why the run that wrote `output` ended with exit code `code`, in one line."""
+def _reason(code: int, output: Path, start: int) -> str:
+    """Why the run that wrote `output` from byte `start` on ended with exit code `code`, in one line."""
     if code < 0:
         return f"killed by {signal.Signals(-code).name}; see {output}"
-    lines = [line.strip() for line in output.read_text(errors="replace").splitlines() if line.strip()]
+    written = output.read_bytes()[start:].decode(errors="replace")
+    lines = [line.strip() for line in written.splitlines() if line.strip()]
     said = [line.removeprefix("Error: ") for line in lines if line.startswith(("Error: ", "Ended by "))]
     last = (said or lines or [f"exit code {code}"])[-1]
     return one_line(Exception(last))[:LONGEST_REASON] + ("" if said else f"; see {output}")
@@ -173,17 +183,18 @@ def run_job(config: DictConfig) -> float | None:
     note("did not end, or was killed with the process that had started it")
     came: list[int] = []
     if not (run_dir / SUMMARY).is_file():
-        print(f"Run {number}: {' '.join(overrides)}", flush=True)
+        print(f"Run {number}: its output is in {os.path.relpath(run_dir / OUTPUT)}", flush=True)
         command = [sys.executable, str(ROOT / f"grpo_{config.mode}.py"), "--config-name", told.job.config_name, *overrides]
         if not any(item.startswith("logging.progress=") for item in overrides):
             command.append("logging.progress=false")
-        command += [f"hydra.run.dir={run_dir}", "resume=auto"]
+        command += [f"hydra.run.dir='{run_dir}'", "resume=auto"]
         child: list[subprocess.Popen] = []
         with open(run_dir / OUTPUT, "a") as output, _handed_on(child) as came:
+            start = output.tell()
             # A session of its own, so that Ctrl-C reaches it once, from here.
             child.append(subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True))
             code = child[0].wait()
-        note(_reason(code, run_dir / OUTPUT) if code else None)
+        note(_reason(code, run_dir / OUTPUT, start) if code else None)
     job = read_job(run_dir)
     print(f"Run {number}: {job.told()}", flush=True)
     if came:
@@ -201,14 +212,14 @@ class Directory(Callback):
         print(f"The sweep is in {os.path.relpath(Directory.last)}", flush=True)
 
 
-def sweep(config_dir: Path, default_config: str, planned: list[list[str]]) -> int:
+def sweep(config_dir: Path, default_config: str, typed: list[str], planned: list[list[str]]) -> int:
     """Run the sweep of the command line and write its table; returns the exit code. `planned`: overrides by number."""
-    if "hydra/sweeper=optuna" in sys.argv and not any(item.startswith("hydra.sweeper.direction=") for item in sys.argv):
-        sys.argv.append("hydra.sweeper.direction=maximize")  # of accuracy, where its own default is minimize
-    sys.argv.append(f"+hydra.callbacks.directory._target_={__name__}.{Directory.__name__}")
+    if "hydra/sweeper=optuna" in typed and not any(item.startswith("hydra.sweeper.direction=") for item in typed):
+        add_override("hydra.sweeper.direction=maximize", typed)  # of accuracy, where its own default is minimize
+    add_override(f"+hydra.callbacks.directory._target_={__name__}.{Directory.__name__}", typed)
     # submitit's processes import this module before they start the script.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    code = 0
+    code, Directory.last = 0, None
     try:
         hydra.main(version_base="1.3", config_path=str(config_dir), config_name=default_config)(run_job)()
     except KeyboardInterrupt:

@@ -21,6 +21,8 @@ from grpo.config import RunConfig
 FITTED = Path(__file__).with_name("throughput.json")
 PHASES = ("generate", "reward", "reference", "train", "push", "rest")
 FLOAT32, BFLOAT16 = 4, 2  # bytes
+# Numbers that a token reads or writes besides matrix products: a hidden dimension in a layer, and a word of the vocabulary.
+PASSES_A_LAYER, PASSES_A_LOGIT = 20, 6
 
 Amounts = dict[str, dict[str, float]]  # by phase, by unit
 Costs = dict[str, dict[str, float]]  # the same: seconds a unit
@@ -109,6 +111,7 @@ def amounts(shape: Shape, work: Work) -> Amounts:
     tokens = work.responses * (work.prompt_tokens + work.response_tokens)
     context = work.prompt_tokens + work.response_tokens / 2  # mean, while a response is sampled
     attention = 4 * shape.layers * shape.hidden
+    moved = tokens * shape.layers * shape.hidden * PASSES_A_LAYER + sampled * shape.vocabulary * PASSES_A_LOGIT
     forward = tokens * (2 * shape.multiplied + attention * (work.prompt_tokens + work.response_tokens) / 2)
 
     own = work.responses / work.engines
@@ -127,8 +130,7 @@ def amounts(shape: Shape, work: Work) -> Amounts:
     training = {
         "steps": work.steps,
         "layer_calls": passes * shape.layers,
-        "activations": work.epochs * tokens * shape.layers * shape.hidden / work.ranks,
-        "logits": work.epochs * sampled * shape.vocabulary / work.ranks,
+        "moved": work.epochs * moved / work.ranks,
         "flops": work.epochs * forward * (4 if work.recomputes else 3) / work.ranks,
         "updated": work.steps * shape.parameters / work.ranks,
         # FSDP gathers the weights for each pass forward and backward, and adds up the gradients (in float32) once a step.
@@ -136,8 +138,7 @@ def amounts(shape: Shape, work: Work) -> Amounts:
     }
     scoring = {
         "calls": 1,
-        "activations": tokens * shape.layers * shape.hidden / work.references,
-        "logits": sampled * shape.vocabulary / work.references,
+        "moved": moved / work.references,
         "flops": forward / work.references,
     }
     return {

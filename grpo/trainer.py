@@ -44,6 +44,7 @@ from grpo.models import (
     tied_names,
     token_log_probs,
 )
+from grpo.nodes import use_node_interface
 from grpo.objectives import policy
 from grpo.objectives.correction import correction_weights
 from grpo.objectives.divergences import ESTIMATES, kl_penalty, token_penalty, transport_penalty
@@ -132,6 +133,7 @@ class TrainerActor:
 
     def start(self, rank: int, world_size: int, rendezvous: tuple[str, int], timeout_s: float) -> int:
         """Join the process group at `rendezvous` and load the model; returns the process id."""
+        use_node_interface()
         spec = self.spec
         device = torch.device(spec.device)
         timeout = timedelta(seconds=timeout_s)

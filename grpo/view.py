@@ -36,11 +36,10 @@ if TYPE_CHECKING:
 
 ROLLOUTS = 10_000
 VIEWER = Path(__file__).parent / "viewer"
-DIGITS = 5  # of log-probs in the page, in nats
+DIGITS = 4  # of log-probs in the page, in nats
 PERCENTILE = 0.99  # of |log-prob difference|, where its scale ends,
 LEAST_SCALE = 0.01  # nats, but not before: what is smaller is arithmetic
 SHOWN = ("response", "reward", "terms", "outcome", "note", "parsed", "advantage", "policy_version")
-PER_TOKEN = {"then": "inference_log_probs", "now": "log_probs", "version": "token_versions"}
 
 
 @dataclass
@@ -138,18 +137,25 @@ def chunk(value: Any) -> str:
 
 
 def _rounded(values: list[float]) -> list[float | None]:
-    """For JSON, which has no infinity: None instead."""
-    return [round(value, DIGITS) if math.isfinite(value) else None for value in values]
+    """For JSON, which has no infinity: None instead. What rounds to nothing is 0, which packs better than -0.0."""
+    return [round(value, DIGITS) or 0 if math.isfinite(value) else None for value in values]
 
 
 def step_tokens(groups: list[list[dict]], decode: Callable[[list[int]], str]) -> dict:
-    """{"words": texts, "groups": for each group and response {"words": indices of its texts, and PER_TOKEN's columns}}."""
+    """{"words": texts, "groups": for each group and response its tokens}, as columns:
+
+    words, indices of their texts; log_prob, when sampled; difference, of that when trained on; version, of the policy.
+    """
     words: dict[str, int] = {}
 
     def columns(row: dict) -> dict:
-        texts = pieces(row["tokens"], decode)
-        found = {"words": [words.setdefault(text, len(words)) for text in texts]}
-        return found | {name: row[key] if name == "version" else _rounded(row[key]) for name, key in PER_TOKEN.items()}
+        texts, sampled = pieces(row["tokens"], decode), row["inference_log_probs"]
+        return {
+            "words": [words.setdefault(text, len(words)) for text in texts],
+            "log_prob": _rounded(sampled),
+            "difference": _rounded([now - then for now, then in zip(row["log_probs"], sampled, strict=True)]),
+            "version": row["token_versions"],
+        }
 
     columned = [[columns(row) for row in rows] for rows in groups]
     return {"words": list(words), "groups": columned}

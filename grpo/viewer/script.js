@@ -9,7 +9,7 @@ const OUTCOMES = {
   correct: ["✓", "correct"],
   wrong: ["✗", "wrong"],
   unparseable: ["?", "unparseable"],
-  timed_out: ["⧗", "timed out"],
+  timed_out: ["…", "timed out"],
   grader_error: ["!", "grader error"],
 };
 const PER_RESPONSE = 1, PER_TOKEN = 2;
@@ -68,8 +68,6 @@ async function inflate(base64) {
 // ---- Colours: a value a token (or a response), and how far along its scale that is
 
 const exp = (x) => (x === null ? null : Math.exp(x));
-const difference = (tokens, i) =>
-  tokens.now[i] === null || tokens.then[i] === null ? null : tokens.now[i] - tokens.then[i];
 const signed = (share) => [share < 0 ? "below" : "above", Math.min(1, Math.abs(share))];
 
 const COLOURS = {
@@ -84,7 +82,7 @@ const COLOURS = {
     label: "ratio",
     needs: PER_TOKEN,
     shade: (_, tokens, i) => {
-      const log = difference(tokens, i);
+      const log = tokens.difference[i];
       return log === null ? null : signed(log / (log < 0 ? -Math.log(1 - meta.clip[0]) : Math.log(1 + meta.clip[1])));
     },
     legend: () => ["two", number(1 - meta.clip[0]), number(1 + meta.clip[1]), "probability when trained on over that when sampled; underlined: outside the clip range"],
@@ -92,13 +90,13 @@ const COLOURS = {
   difference: {
     label: "log-prob difference",
     needs: PER_TOKEN,
-    shade: (_, tokens, i) => (difference(tokens, i) === null ? null : signed(difference(tokens, i) / meta.difference_scale)),
+    shade: (_, tokens, i) => (tokens.difference[i] === null ? null : signed(tokens.difference[i] / meta.difference_scale)),
     legend: () => ["two", number(-meta.difference_scale), `+${number(meta.difference_scale)}`, "nats: log-prob when trained on, less that when sampled; the scale ends at this run's 99th percentile"],
   },
   log_prob: {
     label: "log-prob when sampled",
     needs: PER_TOKEN,
-    shade: (_, tokens, i) => (tokens.then[i] === null ? null : ["amount", Math.min(1, -tokens.then[i] / 4)]),
+    shade: (_, tokens, i) => (tokens.log_prob[i] === null ? null : ["amount", Math.min(1, -tokens.log_prob[i] / 4)]),
     legend: () => ["one", "0", "−4", "nats: the stronger the colour, the less likely the token was"],
   },
   version: {
@@ -150,7 +148,7 @@ function coloured(response, tokens) {
     token.dataset.i = i;
     paint(token, i);
     if (state.colour === "ratio") {
-      const ratio = exp(difference(tokens, i));
+      const ratio = exp(tokens.difference[i]);
       if (ratio !== null && (ratio < 1 - meta.clip[0] || ratio > 1 + meta.clip[1])) token.classList.add("beyond");
     }
     text.append(token);
@@ -477,14 +475,14 @@ function pick(event) {
   if (!token) return;
   token.classList.add("picked");
   const [response, tokens] = token.parentElement.described, i = Number(token.dataset.i);
-  const value = (x, digits) => (x === null ? "not finite" : number(x, digits));
+  const value = (x) => number(x, 4);
   const head = make("code", "", JSON.stringify(tokens.words[i]));
   const list = make("dl");
   for (const [name, text] of [
-    ["log-prob when sampled", value(tokens.then[i], 4)],
-    ["when trained on", value(tokens.now[i], 4)],
-    ["difference", value(difference(tokens, i), 5)],
-    ["ratio", value(exp(difference(tokens, i)), 4)],
+    ["log-prob when sampled", value(tokens.log_prob[i])],
+    ["when trained on", value(tokens.difference[i] === null ? null : tokens.log_prob[i] + tokens.difference[i])],
+    ["difference", value(tokens.difference[i])],
+    ["ratio", value(exp(tokens.difference[i]))],
     ["advantage", number(response.advantage, 3, true)],
     ["policy_version", String(tokens.version[i])],
   ])

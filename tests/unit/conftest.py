@@ -1,15 +1,18 @@
 """Shared by the unit tests: a tiny Qwen2 with random weights, and ragged rollouts for it."""
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
-from transformers import PreTrainedModel, Qwen2ForCausalLM
+from transformers import PreTrainedConfig, PreTrainedModel, Qwen2ForCausalLM
 
+from docs.generate import ARCHITECTURES
 from grpo.builtin import Recipe, make_config, make_tokenizer
-from grpo.models import load_model
+from grpo.models import load_model, num_parameters, read_config
 from grpo.rewards import Grade, RewardFunction
 from grpo.rollout import Completions, pack
 from grpo.tasks import Problem, Task
@@ -89,3 +92,36 @@ class DirectGrading:
 
 def file_names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+COUNTED: dict[str, int] = {}
+
+
+def count_once(config: PreTrainedConfig) -> int:
+    """`num_parameters`, which takes a second for a large model, once a model."""
+    key = config.to_json_string()
+    if key not in COUNTED:
+        COUNTED[key] = num_parameters(config)
+    return COUNTED[key]
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Have plans be made for a machine with so many GPUs that reaches the hub, whose models have known architectures."""
+
+    def have(count: int, others: dict[str, PreTrainedConfig] | None = None) -> None:
+        known = ARCHITECTURES | (others or {})
+
+        def architecture(name: str) -> PreTrainedConfig:
+            if os.path.isdir(name):
+                return read_config(name)
+            return next((config for key, config in known.items() if key in name), ARCHITECTURES["Qwen2.5-3B"])
+
+        monkeypatch.setattr("grpo.plan.read_config", architecture)
+        monkeypatch.setattr("grpo.plan.num_parameters", count_once)
+        monkeypatch.setattr("torch.cuda.is_available", lambda: count > 0)
+        monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H200")
+        monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+        monkeypatch.setattr("torch.cuda.get_device_name", lambda *_: "NVIDIA H100 80GB HBM3")
+
+    return have

@@ -1,4 +1,3 @@
-import ast
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +9,6 @@ from grpo.errors import ConfigError
 from grpo.launch import CONFIG_DIR, compose
 from grpo.objectives import policy
 
-ROOT = CONFIG_DIR.parent
 ARITHMETIC = "grpo_arithmetic"
 ONLINE = sorted(path.stem for path in CONFIG_DIR.glob("*.yaml") if "objective:" in path.read_text())
 SIZES = ["env.repeats=8", "train.total_dialog_turns=1024", "train.dialog_turns_per_batch=512", "train.optim_batch_size=512"]
@@ -477,32 +475,3 @@ def test_the_shipped_3b_configuration_saves_memory():
     assert config.train.mixed_precision == "bf16"
     assert config.train_model.gradient_checkpointing
     assert compose(ARITHMETIC, []).train.mixed_precision == "none"
-
-
-def attributes(tree: ast.AST) -> set[str]:
-    """Every attribute that is read, as `name`, `owner.name` and `owner.owner.name`."""
-    read = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-            names, owner = [node.attr], node.value
-            while isinstance(owner, ast.Attribute):
-                names, owner = [owner.attr, *names], owner.value
-            names = [getattr(owner, "id", ""), *names]
-            read |= {".".join(names[-count:]) for count in (1, 2, 3)}
-    return read
-
-
-def test_every_key_is_read_somewhere():
-    sources = [*(ROOT / "grpo").rglob("*.py"), *ROOT.glob("*.py")]
-    read = set().union(*(attributes(ast.parse(p.read_text())) for p in sources if p.name != "config.py"))
-    module = ast.parse((ROOT / "grpo" / "config.py").read_text())
-    run_config = next(n for n in module.body if isinstance(n, ast.ClassDef) and n.name == "RunConfig")
-    read |= set().union(*(attributes(n) for n in run_config.body if isinstance(n, ast.FunctionDef)))
-    keys = known_keys()
-    last = [key.rsplit(".")[-1] for key in keys]
-    unread = []
-    for key, name in zip(keys, last, strict=True):
-        # A name that several sections have must be read from this section.
-        if (key if last.count(name) > 1 else name) not in read:
-            unread.append(key)
-    assert unread == []

@@ -5,7 +5,7 @@ from transformers import GPT2Config, Qwen2Config
 from grpo.builtin import Recipe, make_config, make_tokenizer
 from grpo.errors import ConfigError
 from grpo.four_bit import check_four_bit
-from grpo.launch import compose
+from grpo.launch import CONFIG_DIR, compose
 from grpo.models import num_parameters
 from grpo.plan import make_plan, resolve_device
 
@@ -73,6 +73,28 @@ def test_with_lora_only_the_adapters_have_gradients_and_optimiser_states_and_the
     assert plan.roles == {"trainer": 2, "inference": 1}
     both = plan_of("train_model.lora.enabled=true", "ref_model.num_devices=1")
     assert both.roles == {"trainer": 1, "inference": 1, "reference": 1}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIG_DIR.glob("*.yaml") if path.stem != "grpo_offline"))
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_every_shipped_configuration_is_planned_in_both_modes(name, mode, gpus):
+    gpus(3)
+    config = compose(name, [f"mode={mode}"])
+    plan = make_plan(config)
+    assert (plan.device, plan.gpus_per_process) == ("cuda", 1)
+    assert f"staleness         at most {0 if mode == 'sync' else 4} policy versions" in plan.describe(config)
+
+
+@pytest.mark.parametrize("model", sorted(path.stem for path in (CONFIG_DIR / "model").glob("*.yaml")))
+@pytest.mark.parametrize("objective", ["grpo", "ot"])
+def test_every_shipped_model_is_planned(model, objective, gpus):
+    gpus(8)
+    config = compose(
+        "grpo_gsm8k" if model != "builtin_arithmetic" else "grpo_arithmetic", [f"{model=!s}", f"{objective=!s}"]
+    )
+    plan = make_plan(config)
+    assert plan.memory_bytes.keys() == {"trainer", "inference", "reference"}
+    assert plan.describe(config).startswith("device            cuda, 1 GPU a process\n")
 
 
 def test_states_of_8_bits_take_a_quarter():

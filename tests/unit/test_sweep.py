@@ -12,7 +12,7 @@ import pytest
 import grpo.sweep
 from grpo.errors import ConfigError
 from grpo.launch import CONFIG_DIR
-from grpo.sweep import Job, jobs, read_jobs, sweep, varying, write_table
+from grpo.sweep import Job, _reason, jobs, read_jobs, sweep, varying, write_table
 
 # What the sweep's jobs start in place of grpo_sync.py: it ends in the way that its learning rate says.
 SCRIPT = """
@@ -20,7 +20,7 @@ import json, os, signal, sys, time
 from pathlib import Path
 
 typed = dict(item.split("=", 1) for item in sys.argv[1:] if "=" in item)
-run_dir = Path(typed["hydra.run.dir"])
+run_dir = Path(typed["hydra.run.dir"].strip("'"))
 assert typed["resume"] == "auto" and typed["logging.progress"] == "false", typed
 (run_dir / "typed").open("a").write(" ".join(sys.argv[1:3]))
 lr = float(typed["optimizer.lr"])
@@ -52,9 +52,10 @@ def run_sweep(tmp_path, monkeypatch):
 
     def run(*values: str, planned: bool = True) -> tuple[int, Path]:
         where, swept = tmp_path / "sweep", f"optimizer.lr={','.join(values)}"
-        monkeypatch.setattr(sys, "argv", ["grpo_sync.py", "--multirun", swept, "seed=1", f"hydra.sweep.dir={where}"])
-        overrides = list(jobs([swept, "seed=1"], {})) if planned else []
-        return sweep(CONFIG_DIR, "grpo_arithmetic", overrides), where
+        typed = [swept, "seed=1", f"hydra.sweep.dir={where}"]
+        monkeypatch.setattr(sys, "argv", ["grpo_sync.py", *typed, "--multirun"])
+        overrides = list(jobs(typed[:2], {})) if planned else []
+        return sweep(CONFIG_DIR, "grpo_arithmetic", typed, overrides), where
 
     return run
 
@@ -77,8 +78,10 @@ def test_of_a_key_that_is_typed_twice_the_last_counts():
 def test_a_pattern_means_the_names_of_its_group():
     groups = {"objective": ["dapo", "dr_grpo", "grpo"]}
     assert list(jobs(["objective=glob(d*)"], groups)) == [["objective=dapo"], ["objective=dr_grpo"]]
-    with pytest.raises(ConfigError, match="there is nothing of that name"):
+    with pytest.raises(ConfigError, match="nothing there has such a name; there are dapo, dr_grpo, grpo"):
         list(jobs(["objective=glob(z*)"], groups))
+    with pytest.raises(ConfigError, match="a pattern needs a group of configurations, objective"):
+        list(jobs(["seed=glob(*)"], groups))
 
 
 def test_of_an_interval_the_ends_are_looked_at():
@@ -121,6 +124,17 @@ def test_the_same_sweep_again_leaves_out_what_has_ended(run_sweep):
     assert code == 1
     assert (where / "0" / "typed").read_text().count("--config-name") == 1
     assert (where / "1" / "typed").read_text().count("--config-name") == 2
+
+
+def test_a_reason_is_that_of_the_last_attempt(tmp_path):
+    output = tmp_path / "output.log"
+    output.write_text("Error: of the first\n")
+    start = output.stat().st_size
+    assert _reason(1, output, 0) == "of the first"
+    with open(output, "a") as file:
+        file.write("Traceback\nValueError: of the second\n")
+    assert _reason(1, output, start) == f"ValueError: of the second; see {output}"
+    assert _reason(3, output, output.stat().st_size) == f"exit code 3; see {output}"
 
 
 def test_another_sweep_in_the_same_directory_is_refused(run_sweep, capsys):

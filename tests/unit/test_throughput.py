@@ -55,12 +55,12 @@ def test_amounts_are_those_worked_by_hand():
         "bytes": 20 * 100 * 4 + 80 * 11 * 5 * 4,
     }
     forward = 8 * 16 * (160 + 24 * 8)
-    assert found["reference"] == {"calls": 1, "activations": 8 * 16 * 3 * 2, "logits": 80 * 10, "flops": forward}
+    moved = 8 * 16 * 3 * 2 * 20 + 80 * 10 * 6
+    assert found["reference"] == {"calls": 1, "moved": moved, "flops": forward}
     assert found["train"] == {
         "steps": 2,
         "layer_calls": 12,
-        "activations": 8 * 16 * 3 * 2,
-        "logits": 80 * 10,
+        "moved": moved,
         "flops": 3 * forward,
         "updated": 200,
         "gathered_bytes": 0,  # one rank has all weights
@@ -74,7 +74,7 @@ def test_processes_share_the_work_and_what_they_share_it_by():
     assert shared["generate"]["tokens"] == alone["generate"]["tokens"] / 2
     assert shared["generate"]["iterations"] == 10  # one turn is as long however few responses it has
     assert amounts(SHAPE, replace(WORK, engines=4))["generate"]["iterations"] == 10
-    for unit in ("flops", "logits", "activations", "updated"):
+    for unit in ("flops", "moved", "updated"):
         assert shared["train"][unit] == alone["train"][unit] / 2
     # 4 micro-batches, forward and backward, in 2 bytes; gradients of 2 steps in 4.
     assert shared["train"]["gathered_bytes"] == (2 * 4 * 2 + 2 * 4) * 100

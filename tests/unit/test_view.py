@@ -103,7 +103,7 @@ def test_tokens_come_with_their_texts_and_columns(tmp_path, model_path):
     chunk = chunk_of(page, "tokens-1")
     tokens = chunk["groups"][1][0]
     assert [chunk["words"][word] for word in tokens["words"]] == ["1", "+", "1", "="]
-    assert (tokens["then"], tokens["now"], tokens["version"]) == (THEN, NOW, VERSIONS)
+    assert (tokens["log_prob"], tokens["difference"], tokens["version"]) == (THEN, [0, -0.4, 0.5, 0], VERSIONS)
 
 
 def test_a_character_of_several_tokens_belongs_to_the_last_of_them():
@@ -165,7 +165,8 @@ def test_log_probs_that_json_has_no_number_for_are_null(tmp_path, model_path):
     run = write_run(tmp_path / "run", [row])
     (run / "model").symlink_to(model_path)
     page = view.page(run)
-    assert chunk_of(page, "tokens-1")["groups"][0][0]["then"] == [-0.1, None, -3.0, -0.25]
+    tokens = chunk_of(page, "tokens-1")["groups"][0][0]
+    assert (tokens["log_prob"], tokens["difference"]) == ([-0.1, None, -3.0, -0.25], [0, None, 0.5, 0])
     assert meta_of(page)["difference_scale"] < 1  # of those that are finite
 
 
@@ -315,7 +316,7 @@ def test_tokens_are_coloured_by_what_is_chosen(tmp_path, model_path, chromium):
     chromium.wait("document.getElementById('colour').value === 'ratio'")
     chromium.evaluate("document.querySelectorAll('.token')[1].click()")
     assert texts(chromium, "#tip code") == ['"+"']
-    assert texts(chromium, "#tip dd") == ["−0.5000", "−0.9000", "−0.40000", "0.6703", "+1.000", "1"]
+    assert texts(chromium, "#tip dd") == ["−0.5000", "−0.9000", "−0.4000", "0.6703", "+1.000", "1"]
 
 
 @needs_chromium

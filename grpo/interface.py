@@ -1,0 +1,56 @@
+"""What the scripts and tools do, from Python; docs/python.md shows it.
+
+Nothing is done here: a configuration's mode says which script and which parts it is for, and `compare` is
+python -m grpo.evaluate. The parts are imported once they are needed, since that takes seconds.
+"""
+
+import importlib
+import json
+import os
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from grpo.config import RunConfig
+from grpo.launch import SCRIPTS
+from grpo.offline_config import OfflineConfig
+from grpo.resume import SUMMARY, read_config
+
+
+def build(config: RunConfig | OfflineConfig, run_dir: str | Path) -> AbstractContextManager[Any]:
+    """A run in the directory `run_dir`, whose actors are up; leaving the context ends every process that it started."""
+    return importlib.import_module(SCRIPTS[config.mode].parts).build(config, _made(run_dir))
+
+
+def train(config: RunConfig | OfflineConfig, run_dir: str | Path) -> dict:
+    """The whole run, as the mode's script has it; returns what is in summary.json.
+
+    `run_dir` is new, or that of the run that `config.resume` names. Raises UserError with what the script's one line says.
+    """
+    script = importlib.import_module(SCRIPTS[config.mode].file.removesuffix(".py"))
+    script.main(config, _made(run_dir))
+    return json.loads((Path(run_dir) / SUMMARY).read_text())
+
+
+def resume_run(run_dir: str | Path) -> dict:
+    """Go on with the run in `run_dir`, which did not end, under its own configuration; returns what is in summary.json."""
+    config = read_config(Path(run_dir))
+    config.resume = str(run_dir)
+    return train(config, run_dir)
+
+
+def compare(**arguments: Any) -> dict:
+    """What `python -m grpo.evaluate KEY=VALUE ...` prints and writes, as a dictionary.
+
+    `compare(run="outputs/mine", k=4)`; a key with a dot in it is handed over as `**{"env.style": "think"}`.
+    """
+    from grpo.evaluate import evaluate
+
+    return evaluate([f"{key}={value}" for key, value in arguments.items()])
+
+
+def _made(run_dir: str | Path) -> Path:
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # TorchRL imports vLLM here too
+    path = Path(run_dir).absolute()
+    path.mkdir(parents=True, exist_ok=True)
+    return path

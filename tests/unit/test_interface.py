@@ -1,0 +1,57 @@
+import subprocess
+import sys
+
+import pytest
+
+import grpo
+from docs.generate import DOCS
+from grpo import evaluate, interface
+from grpo.config import RunConfig
+from grpo.offline_config import OfflineConfig
+
+
+def test_importing_and_composing_import_neither_torch_nor_ray():
+    code = (
+        "import sys, grpo; config = grpo.compose('grpo_arithmetic', ['seed=3']); "
+        "print(config.seed, sorted({'torch', 'ray', 'vllm', 'transformers'} & sys.modules.keys()))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=DOCS.parent, capture_output=True, text=True, timeout=60)
+    assert run.stdout == "3 []\n"
+
+
+def test_public_names_are_there_and_others_are_not():
+    assert set(grpo.PUBLIC) <= set(dir(grpo))
+    assert grpo.train is interface.train
+    with pytest.raises(AttributeError, match="module 'grpo' has no attribute 'trian'"):
+        grpo.trian  # noqa: B018
+
+
+def test_a_configuration_is_of_the_class_of_its_script():
+    assert isinstance(grpo.compose("grpo_math"), RunConfig)
+    assert isinstance(grpo.compose("grpo_offline", ["data=x.jsonl"], OfflineConfig), OfflineConfig)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "cls", "script"),
+    [
+        ((), RunConfig, "grpo_sync"),
+        (("mode=async",), RunConfig, "grpo_async"),
+        (("data=x.jsonl",), OfflineConfig, "grpo_offline"),
+    ],
+)
+def test_a_run_is_that_of_its_modes_script(overrides, cls, script, tmp_path, monkeypatch):
+    config, called = grpo.compose("grpo_offline" if cls is OfflineConfig else "grpo_arithmetic", overrides, cls), []
+
+    def main(its, run_dir):
+        called.append((its, run_dir))
+        (run_dir / "summary.json").write_text('{"steps": 7}')
+
+    monkeypatch.setattr(f"{script}.main", main)
+    assert grpo.train(config, tmp_path / "new" / "run") == {"steps": 7}
+    assert called == [(config, tmp_path / "new" / "run")]
+
+
+def test_what_is_compared_is_typed_as_on_the_command_line(monkeypatch):
+    monkeypatch.setattr(evaluate, "evaluate", lambda typed: {"typed": typed})
+    found = grpo.compare(run="outputs/mine", k=4, **{"env.style": "think"})
+    assert found == {"typed": ["run=outputs/mine", "k=4", "env.style=think"]}
