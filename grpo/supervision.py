@@ -26,15 +26,16 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.exceptions import ActorUnavailableError, RayActorError
 
-from grpo.config import RayConfig
+from grpo.config import RayConfig, RunConfig
 from grpo.errors import ActorError
 from grpo.leftovers import marked
+from grpo.offline_config import OfflineConfig
 from grpo.preemption import REQUEST, Preempted, listen
 from grpo.remote import ask, get_all, wait_until_back
 
 
 def supervised(
-    config: Any,
+    config: RunConfig | OfflineConfig,
     run_dir: Path,
     build: Callable[[Any, Path, "Supervisor"], AbstractContextManager],
     train: Callable[[Any], None],

@@ -44,6 +44,7 @@ DEFAULTS = {"sync": "grpo_gsm8k", "async": "grpo_gsm8k", "offline": "grpo_offlin
 
 # Commands whose work is done in another test; here only their arguments are read.
 ELSEWHERE = {
+    "python -m grpo.doctor": "tests/integration/test_watch.py::test_the_doctor_starts_the_parts_of_a_run_and_proves_a_push",
     "python grpo_sync.py": "tests/integration/test_sync.py::test_a_run_leaves_behind_what_the_documents_promise",
     "python grpo_async.py": "tests/integration/test_async.py::"
     "test_no_rollout_is_older_than_the_bound_and_each_prompt_is_trained_on_once",
@@ -219,6 +220,7 @@ CHECKS: dict[str, Callable] = {
     "grpo.sweep": check_file_of_a_module,
     "grpo.evaluate": check_evaluate,
     "grpo.transport_plot": check_file_of_a_module,
+    "grpo.doctor": check_file_of_a_module,
     "tests.scored_arithmetic": check_file_of_a_module,
     "examples.walk_through": check_file_of_a_module,
 }
