@@ -58,6 +58,8 @@ class EnginePool:
             return None
 
         def once_more(name: str, error: ActorError) -> ObjectRef | None:
+            if name not in self.by_name:  # a training rank, which is waited for beside the engines
+                raise error
             if not self.bring_back(name, error, load):
                 return None
             return getattr(self.by_name[name], method).remote(*arguments)

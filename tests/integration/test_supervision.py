@@ -66,7 +66,7 @@ def test_a_synchronous_run_whose_actors_die_and_hang_ends_in_the_same_weights(ru
             Fault("generate", 2, "inference", SIGKILL),
             Fault("train", 7, "training", SIGSTOP),
             Fault("grade", 4, "grading", SIGKILL),
-            Fault("reference", 4, "reference", SIGSTOP),
+            Fault("reference", 3, "reference", SIGSTOP),
         ]
     )
     faults.install(monkeypatch)

@@ -10,8 +10,9 @@ import psutil
 import pytest
 import ray
 
-from grpo.cluster import start_actors, start_ray
+from grpo.cluster import ANYWHERE, start_actors, start_ray
 from grpo.config import RayConfig
+from grpo.doctor import examine
 from grpo.errors import ActorError
 from grpo.remote import get
 from grpo.supervision import Supervisor
@@ -69,7 +70,7 @@ def started():
     with ExitStack() as closing:
         start_ray(CONFIG, 8, closing)
         actors = {
-            cls.__name__: start_actors(cls, 1, "cpu", 0, 1, {}, restarts=[1])[0]
+            cls.__name__: start_actors(cls, [ANYWHERE], "cpu", 0, 1, {}, restarts=[1])[0]
             for cls in (Sleeping, SleepingLoop, Computing, Locking)
         }
         pids = dict(zip(actors, ray.get([actor.pid.remote() for actor in actors.values()]), strict=True))
@@ -111,10 +112,25 @@ def test_long_work_is_no_silence_and_a_stopped_process_is_killed_and_started_aga
 def test_ray_listens_to_this_machine_alone_and_ends_with_its_stopped_processes():
     with ExitStack() as closing:
         start_ray(CONFIG, 1, closing)
-        (actor,) = start_actors(Sleeping, 1, "cpu", 0, 1, {})
+        (actor,) = start_actors(Sleeping, [ANYWHERE], "cpu", 0, 1, {})
         process = psutil.Process(ray.get(actor.pid.remote()))
         addresses = listening(psutil.Process())
         assert addresses and all(map(is_loopback, addresses))
         process.send_signal(signal.SIGSTOP)
     assert not process.is_running()
     assert not any(child.name().startswith(("ray", "gcs")) for child in psutil.Process().children(recursive=True))
+
+
+def test_the_doctor_starts_the_parts_of_a_run_and_proves_a_push(capsys):
+    assert examine(["inference_model.backend=transformers", "device=cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0].split(maxsplit=1)[1] for line in lines] == [
+        "installation",
+        "devices",
+        "disk",
+        "shared memory",
+        "Ray",
+        "engine and trainer",
+        "weight push",
+    ]
+    assert not ray.is_initialized()

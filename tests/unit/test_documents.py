@@ -44,6 +44,7 @@ DEFAULTS = {"sync": "grpo_gsm8k", "async": "grpo_gsm8k", "offline": "grpo_offlin
 
 # Commands whose work is done in another test; here only their arguments are read.
 ELSEWHERE = {
+    "python -m grpo.doctor": "tests/integration/test_watch.py::test_the_doctor_starts_the_parts_of_a_run_and_proves_a_push",
     "python grpo_sync.py": "tests/integration/test_sync.py::test_a_run_leaves_behind_what_the_documents_promise",
     "python grpo_async.py": "tests/integration/test_async.py::"
     "test_no_rollout_is_older_than_the_bound_and_each_prompt_is_trained_on_once",
@@ -52,8 +53,6 @@ ELSEWHERE = {
     "python -m grpo.evaluate": "tests/integration/test_evaluate.py::test_before_and_after_are_those_that_the_run_measured",
     "python -m grpo.generate": "tests/integration/test_generate.py::"
     "test_a_question_gets_the_response_that_an_evaluation_has_and_its_answer",
-    "python -m grpo.doctor": "tests/unit/test_doctor.py::"
-    "test_each_check_is_a_line_and_what_needs_a_part_that_is_not_there_is_left_out",
     "python -m grpo.sweep": "tests/unit/test_sweep.py::test_a_table_is_made_again_from_the_directories_alone",
     "python -m grpo.transport_plot": "tests/unit/test_transport_plot.py::"
     "test_the_command_writes_a_picture_and_refuses_what_it_cannot_read",

@@ -246,3 +246,11 @@ def test_the_death_of_another_actor_is_not_the_engines(asked):
     pool = EnginePool([Engine(), Engine(deaths=1)], 1.0, without_trainer, min_engines=1)
     with pytest.raises(ActorError, match=r"^the training actor died$"):
         pool.generate([[0], [1]], Sampling(2, 4, 1.0), seed=5)
+
+
+def test_a_training_rank_that_dies_in_a_push_is_not_taken_for_an_engine(asked):
+    pool = EnginePool([Engine()], 1.0, lambda *arguments: None)
+    death = ActorError("the training actor died while pushing weights version 6", "the training actor", died=True)
+    with pytest.raises(ActorError, match="the training actor died") as raised:
+        pool.again("update_weights", 6, load=False)("the training actor", death)
+    assert raised.value is death
