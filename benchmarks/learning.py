@@ -16,7 +16,7 @@ import torch
 from benchmarks.machine import describe
 from benchmarks.training import RESULTS, mean_interval, train
 from grpo import builtin
-from grpo.config import EnvConfig
+from grpo.config_sections import EnvConfig
 from grpo.intervals import wilson
 from grpo.tasks import load
 from grpo.tasks.arithmetic import split_expressions

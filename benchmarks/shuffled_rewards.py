@@ -6,7 +6,7 @@ has learned from something else than the reward.
 
 import random
 
-from grpo.config import EnvConfig
+from grpo.config_sections import EnvConfig
 from grpo.tasks import Problem
 from grpo.tasks.arithmetic import load
 

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
-from grpo.config import RENAMED, LoraConfig, RunConfig
+from grpo.config import RENAMED, RunConfig
+from grpo.config_sections import LoraConfig
 from grpo.launch import CONFIG_DIR
 from grpo.models import kv_cache_bytes, num_adapter_parameters, num_parameters
 from grpo.offline_config import OfflineConfig
@@ -123,7 +124,8 @@ def configuration() -> str:
     """The page docs/configuration.md."""
     parts = [
         "# Configuration keys",
-        "Made by `make docs` from the dataclasses in [grpo/config.py](../grpo/config.py) and "
+        "Made by `make docs` from the dataclasses in [grpo/config.py](../grpo/config.py), "
+        "[grpo/config_sections.py](../grpo/config_sections.py) and "
         "[grpo/offline_config.py](../grpo/offline_config.py); a key is typed as `KEY=VALUE` behind a script. A key that is "
         "not here is refused with the nearest one that is, and a value that cannot work with the rule it breaks, before "
         "anything starts. `--cfg job` prints what a command composes, `dry_run=true` what it would use.",

@@ -14,7 +14,7 @@ from ray.actor import ActorHandle
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from grpo.config import RayConfig
+from grpo.config_sections import RayConfig
 from grpo.errors import ActorError, ConfigError
 from grpo.nodes import Node, find_address, join_cluster, missing, node_resource, worker_environment
 from grpo.pools import named

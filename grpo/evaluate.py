@@ -27,7 +27,8 @@ from omegaconf import OmegaConf
 
 from grpo import tasks
 from grpo.comparison import Answers, improvements, table
-from grpo.config import EnvConfig, RunConfig, from_dictconfig
+from grpo.config import RunConfig, from_dictconfig
+from grpo.config_sections import EnvConfig
 from grpo.errors import ConfigError, DataError, RewardError, UserError, one_line
 from grpo.grading import GradingPool, grading_pool
 from grpo.inference import Sampling, engine_spec

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from grpo import tasks
-from grpo.config import EnvConfig
+from grpo.config_sections import EnvConfig
 from grpo.errors import ConfigError, DataError, UserError, one_line
 from grpo.grading import Failed, GradingPool, grading_pool
 from grpo.rewards import OUTCOMES, Grade

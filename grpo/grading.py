@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 
 from grpo import tasks
-from grpo.config import EnvConfig
+from grpo.config_sections import EnvConfig
 from grpo.errors import ActorError, one_line
 from grpo.rewards import Grade, apply_reward_function, load_reward_function
 from grpo.tasks import Grader, Problem

@@ -34,7 +34,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from grpo.config import ALL_LINEAR, LoraConfig
+from grpo.config_sections import ALL_LINEAR, LoraConfig
 from grpo.errors import ConfigError, one_line
 from grpo.four_bit import four_bit_layers, is_codes, load_four_bit, outline, plain, values
 

@@ -18,7 +18,7 @@ import psutil
 import ray
 from ray.exceptions import RayError
 
-from grpo.config import RayConfig
+from grpo.config_sections import RayConfig
 from grpo.errors import ActorError, ConfigError, UserError, one_line
 
 AUTO, ADDRESS = "auto", "RAY_ADDRESS"

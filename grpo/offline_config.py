@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from hydra.core.config_store import ConfigStore
 
-from grpo.config import LoraConfig, ModelConfig, OptimizerConfig, RayConfig, SinksConfig, TrainModelConfig
+from grpo.config_sections import LoraConfig, ModelConfig, OptimizerConfig, RayConfig, SinksConfig, TrainModelConfig
 from grpo.rules import at_least, check, one_of
 
 AUTO = "auto"  # resume=auto

@@ -1,6 +1,7 @@
 """What a run will use, worked out before anything starts: device, processes, memory, steps, staleness.
 
-The checks that need the machine are here; those of the configuration alone are in grpo/config.py.
+The checks that need the machine are here; those of the configuration alone are in grpo/config.py and
+grpo/config_sections.py.
 """
 
 import os
@@ -12,7 +13,8 @@ import torch
 from transformers import PreTrainedConfig
 
 from grpo import builtin
-from grpo.config import RayConfig, RunConfig
+from grpo.config import RunConfig
+from grpo.config_sections import RayConfig
 from grpo.errors import ConfigError
 from grpo.four_bit import BYTES as FOUR_BITS
 from grpo.four_bit import check_four_bit

@@ -26,7 +26,7 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.exceptions import ActorUnavailableError, RayActorError
 
-from grpo.config import RayConfig
+from grpo.config_sections import RayConfig
 from grpo.errors import ActorError
 from grpo.leftovers import marked
 from grpo.preemption import REQUEST, Preempted, listen

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from grpo import trainer_state
 from grpo.adamw_8bit import AdamW8bit
 from grpo.adapters import load_lora
-from grpo.config import ObjectiveConfig, OptimizerConfig, TrainConfig, TrainModelConfig
+from grpo.config_sections import ObjectiveConfig, OptimizerConfig, TrainConfig, TrainModelConfig
 from grpo.errors import CheckpointError, TrainingError, one_line
 from grpo.models import (
     DTYPES,

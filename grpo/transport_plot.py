@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo import builtin
-from grpo.config import ObjectiveConfig
+from grpo.config_sections import ObjectiveConfig
 from grpo.errors import ConfigError, UserError, one_line
 from grpo.models import last_states, load_model, load_tokenizer
 from grpo.objectives.transport import dense, sinkhorn

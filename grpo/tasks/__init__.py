@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from jinja2 import TemplateError
 
-from grpo.config import EnvConfig
+from grpo.config_sections import EnvConfig
 from grpo.errors import ConfigError, DataError
 from grpo.rewards import Grade
 

@@ -8,7 +8,7 @@ import random
 import re
 from collections import defaultdict
 
-from grpo.config import EnvConfig
+from grpo.config_sections import EnvConfig
 from grpo.errors import ConfigError, DataError
 from grpo.rewards import Grade
 from grpo.tasks import Problem

@@ -15,7 +15,7 @@ from fractions import Fraction
 from functools import lru_cache
 from itertools import islice
 
-from grpo.config import EnvConfig
+from grpo.config_sections import EnvConfig
 from grpo.errors import DataError
 from grpo.rewards import Grade
 from grpo.rules import check

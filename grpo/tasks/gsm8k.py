@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
-from grpo.config import EnvConfig
+from grpo.config_sections import EnvConfig
 from grpo.errors import DataError
 from grpo.rewards import Grade
 from grpo.tasks import Problem

@@ -9,7 +9,7 @@ import importlib.util
 import json
 import random
 
-from grpo.config import EnvConfig
+from grpo.config_sections import EnvConfig
 from grpo.errors import ConfigError, DataError
 from grpo.instructions import fault, verdicts
 from grpo.rewards import Grade

@@ -17,7 +17,7 @@ from typing import Any
 
 import math_verify
 
-from grpo.config import EnvConfig
+from grpo.config_sections import EnvConfig
 from grpo.errors import DataError
 from grpo.rewards import Grade
 from grpo.tasks import Problem

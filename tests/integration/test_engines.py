@@ -9,7 +9,7 @@ import ray
 import torch
 
 from grpo import tasks
-from grpo.config import EnvConfig
+from grpo.config_sections import EnvConfig
 from grpo.errors import PushError
 from grpo.inference import EngineSpec, InferenceActor, Request, Sampling
 from grpo.models import full_parameters, load_model, load_tokenizer, score

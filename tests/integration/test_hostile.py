@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from grpo import tasks
-from grpo.config import EnvConfig
+from grpo.config_sections import EnvConfig
 from grpo.grading import GradingPool
 from grpo.rewards import OUTCOMES
 from grpo.tasks import Problem

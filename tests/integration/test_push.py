@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grpo_sync
 import grpo_utils
-from grpo.config import LoraConfig, ObjectiveConfig, OptimizerConfig, TrainConfig, TrainModelConfig
+from grpo.config_sections import LoraConfig, ObjectiveConfig, OptimizerConfig, TrainConfig, TrainModelConfig
 from grpo.errors import PushError
 from grpo.inference import EngineSpec, InferenceActor
 from grpo.launch import compose

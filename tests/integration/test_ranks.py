@@ -14,7 +14,7 @@ from tensordict import TensorDict
 
 import grpo_sync
 from grpo.builtin import demonstration
-from grpo.config import LoraConfig, ObjectiveConfig, OptimizerConfig, TrainConfig, TrainModelConfig
+from grpo.config_sections import LoraConfig, ObjectiveConfig, OptimizerConfig, TrainConfig, TrainModelConfig
 from grpo.launch import compose
 from grpo.models import load_model, load_tokenizer, score, score_with_states
 from grpo.objectives.online import divisor

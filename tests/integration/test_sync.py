@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import grpo_sync
 from grpo.advantages import group_advantages
-from grpo.config import EnvConfig
+from grpo.config_sections import EnvConfig
 from grpo.engine_transformers import TransformersEngine
 from grpo.inference import EngineSpec, Request, Sampling
 from grpo.launch import compose

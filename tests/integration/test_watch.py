@@ -11,7 +11,7 @@ import pytest
 import ray
 
 from grpo.cluster import ANYWHERE, start_actors, start_ray
-from grpo.config import RayConfig
+from grpo.config_sections import RayConfig
 from grpo.doctor import examine
 from grpo.errors import ActorError
 from grpo.remote import get

@@ -2,7 +2,7 @@ from collections import Counter
 
 import pytest
 
-from grpo.config import EnvConfig
+from grpo.config_sections import EnvConfig
 from grpo.errors import ConfigError
 from grpo.tasks import Problem, load
 from grpo.tasks.arithmetic import family, question, split_expressions, value

@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2F
 
 from grpo import builtin
 from grpo.builtin import demonstration, make, make_config, make_tokenizer, resolve, supervise
-from grpo.config import EnvConfig
+from grpo.config_sections import EnvConfig
 from grpo.errors import ConfigError
 from grpo.tasks import Problem, encode, load
 from grpo.tasks.arithmetic import question, split_expressions, value

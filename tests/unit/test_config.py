@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from grpo.config import RENAMED, RunConfig, TrainConfig, check_keys, known_keys
+from grpo.config import RENAMED, RunConfig, check_keys, known_keys
+from grpo.config_sections import TrainConfig
 from grpo.errors import ConfigError
 from grpo.launch import CONFIG_DIR, compose
 from grpo.objectives import policy

@@ -5,7 +5,7 @@ from itertools import islice
 import pytest
 
 from grpo import tasks
-from grpo.config import EnvConfig
+from grpo.config_sections import EnvConfig
 from grpo.errors import ConfigError, DataError
 from grpo.tasks.countdown import (
     COUNTS,

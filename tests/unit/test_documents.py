@@ -28,7 +28,8 @@ import grpo_async
 import grpo_sync
 from docs.generate import ARCHITECTURES, DOCS
 from grpo import evaluate, generate, launch
-from grpo.config import RENAMED, LoraConfig, RunConfig, known_keys
+from grpo.config import RENAMED, RunConfig, known_keys
+from grpo.config_sections import LoraConfig
 from grpo.errors import ConfigError
 from grpo.launch import compose
 from grpo.metrics import METRICS

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from grpo import generate, tasks, tool
-from grpo.config import EnvConfig, InferenceModelConfig, ModelConfig, RunConfig, TrainConfig
+from grpo.config import RunConfig
+from grpo.config_sections import EnvConfig, InferenceModelConfig, ModelConfig, TrainConfig
 from grpo.errors import ConfigError, DataError
 from grpo.inference import Sampling
 from grpo.models import load_tokenizer

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from grpo.config import EnvConfig
+from grpo.config_sections import EnvConfig
 from grpo.errors import ConfigError, DataError
 from grpo.grade import grade_file, summary
 from grpo.rewards import Grade

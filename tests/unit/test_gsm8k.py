@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo.config import EnvConfig
+from grpo.config_sections import EnvConfig
 from grpo.errors import DataError
 from grpo.tasks import Problem, load
 from grpo.tasks.gsm8k import GSM8K, asking_sentence, final_answer

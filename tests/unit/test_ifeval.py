@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo.config import EnvConfig
+from grpo.config_sections import EnvConfig
 from grpo.errors import ConfigError, DataError
 from grpo.instructions import INSTRUCTIONS, fault, follows, loosened, sentences, verdicts
 from grpo.tasks import Problem, load

@@ -5,7 +5,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from grpo.builtin import make_config, make_tokenizer
-from grpo.config import LoraConfig
+from grpo.config_sections import LoraConfig
 from grpo.errors import ConfigError
 from grpo.models import (
     adapters_off,

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from grpo import tasks
-from grpo.config import EnvConfig
+from grpo.config_sections import EnvConfig
 from grpo.errors import DataError
 from grpo.tasks import Problem
 from grpo.tasks.math import Math, last_boxed

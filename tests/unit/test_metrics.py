@@ -9,7 +9,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensordict import TensorDict
 
 import grpo
-from grpo.config import LoggingConfig, RunConfig, TrainConfig
+from grpo.config import RunConfig
+from grpo.config_sections import LoggingConfig, TrainConfig
 from grpo.metrics import METRICS, PHASES, Clock, RunLog, metric, rollout_lines, rollout_metrics
 from grpo.rewards import Grade
 from grpo.rollout import GroupRecord

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from grpo.adapters import check_adapter
 from grpo.builtin import make_tokenizer
-from grpo.config import LoraConfig, OptimizerConfig, TrainModelConfig
+from grpo.config_sections import LoraConfig, OptimizerConfig, TrainModelConfig
 from grpo.errors import ConfigError
 from grpo.models import full_parameters, load_model, load_tokenizer
 from grpo.offline_config import OfflineObjectiveConfig, OfflineTrainConfig

@@ -9,7 +9,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from grpo import plot, tool
-from grpo.config import EnvConfig, OptimizerConfig, RunConfig, TrainConfig
+from grpo.config import RunConfig
+from grpo.config_sections import EnvConfig, OptimizerConfig, TrainConfig
 from grpo.errors import ConfigError, DataError
 from grpo.intervals import wilson
 from grpo.offline_config import OfflineConfig

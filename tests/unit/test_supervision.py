@@ -13,7 +13,7 @@ import pytest
 import ray
 
 from grpo import supervision
-from grpo.config import RayConfig
+from grpo.config_sections import RayConfig
 from grpo.errors import ActorError
 from grpo.preemption import REQUEST, Preempted
 from grpo.supervision import Supervisor, Watch, is_at_work, role, supervised

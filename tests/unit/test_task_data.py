@@ -8,7 +8,7 @@ import pytest
 from pyarrow import parquet
 
 from grpo import tasks
-from grpo.config import EnvConfig
+from grpo.config_sections import EnvConfig
 from grpo.errors import ConfigError, DataError
 from grpo.tasks import Problem
 from grpo.tasks.data import HubSplit, read_hub, split_problems

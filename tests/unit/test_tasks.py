@@ -4,7 +4,7 @@ import pytest
 
 from grpo import tasks
 from grpo.builtin import make_tokenizer
-from grpo.config import EnvConfig
+from grpo.config_sections import EnvConfig
 from grpo.errors import ConfigError, DataError
 from grpo.tasks import Problem, encode, encode_split
 

@@ -17,7 +17,14 @@ from tensordict import TensorDict
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from grpo.builtin import Recipe, make_tokenizer
-from grpo.config import LoraConfig, ObjectiveConfig, OptimizerConfig, QuantizationConfig, TrainConfig, TrainModelConfig
+from grpo.config_sections import (
+    LoraConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    QuantizationConfig,
+    TrainConfig,
+    TrainModelConfig,
+)
 from grpo.errors import CheckpointError, TrainingError
 from grpo.four_bit import four_bit_layers
 from grpo.launch import CONFIG_DIR, compose

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from grpo import transport_plot
-from grpo.config import ObjectiveConfig
+from grpo.config_sections import ObjectiveConfig
 from grpo.errors import ConfigError
 from grpo.models import load_tokenizer
 

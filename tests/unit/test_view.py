@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from grpo import tool, view
-from grpo.config import EnvConfig, LoggingConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainConfig
+from grpo.config import RunConfig
+from grpo.config_sections import EnvConfig, LoggingConfig, ModelConfig, ObjectiveConfig, TrainConfig
 from grpo.errors import ConfigError, DataError
 from grpo.models import load_tokenizer
 from grpo.offline_config import OfflineConfig
