@@ -191,8 +191,8 @@ class Fit:
     costs: Costs
     overlap: Overlap
     machine: str
-    median_error: float  # of whole collections that the fit did not see
-    largest_error: float
+    median_error: float | None  # of whole collections that the fit did not see; None: it was not checked on any
+    largest_error: float | None
 
 
 @cache
@@ -253,7 +253,10 @@ def forecast(config: RunConfig, shape: Shape, device: str, gpu: str | None) -> s
         source = f"an estimate from the data sheet of the {known[0]}, unmeasured"
     else:
         costs, overlap = fit.costs, fit.overlap
-        source = f"as on {fit.machine}, where it was {fit.median_error:.0%} off (median; at most {fit.largest_error:.0%})"
+        checked = "not checked on other runs yet"
+        if fit.median_error is not None:
+            checked = f"where it was {fit.median_error:.0%} off (median; at most {fit.largest_error:.0%})"
+        source = f"as on {fit.machine}, {checked}"
     longest = config.env.max_prompt_length, config.inference_model.max_tokens
     work = work_of(config, *longest, on_cpu=device != "cuda")
     seconds = predict(amounts(shape, work), costs)
