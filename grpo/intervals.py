@@ -24,7 +24,7 @@ def wilson(share: float, n: float) -> Interval:
     """
     half = Z * sqrt(share * (1 - share) / n + (Z / (2 * n)) ** 2)
     low, high = ((share + Z * Z / (2 * n) + side * half) / (1 + Z * Z / n) for side in (-1, 1))
-    return max(0.0, low), min(1.0, high)
+    return min(share, max(0.0, low)), max(share, min(1.0, high))  # which rounding could leave out at 0 and 1
 
 
 def clustered_share(shares: Sequence[float], k: int) -> Interval:

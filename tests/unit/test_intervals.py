@@ -117,3 +117,10 @@ def test_a_paired_difference_holds_the_truth_in_95_of_100_sets(n, right, wrong):
 def test_a_mean_holds_the_truth_in_95_of_100_sets(n):
     values = np.random.default_rng(3).normal(1.5, 2.0, (SETS, n))
     assert 0.935 <= coverage([mean_interval(row.tolist()) for row in values], 1.5) <= 0.965
+
+
+def test_wilsons_interval_has_its_share_in_it_whatever_rounding_does():
+    for n in range(1, 60):
+        for right in range(n + 1):
+            low, high = wilson(right / n, n)
+            assert 0 <= low <= right / n <= high <= 1
