@@ -122,10 +122,8 @@ def test_an_actor_that_dies_at_every_start_ends_the_run_with_its_last_words(tmp_
     said = str(raised.value)
     assert said.startswith("the inference actor died while starting: ") and "\n" not in said
     assert "no such luck" in said
-    assert (
-        "it was started again 1 times, as often as ray.max_restarts allows; checkpoint_000001 is whole: go on with" in said
-    )
-    assert newest(run_dir).path.name == "checkpoint_000001"
+    whole = newest(run_dir).path.name  # of step 1, or of a later one where the kill took its time
+    assert f"it was started again 1 times, as often as ray.max_restarts allows; {whole} is whole: go on with" in said
 
 
 def test_two_runs_do_not_disturb_each_other_and_clean_up_behind_a_killed_one(run_sync, tmp_path, model_path):
