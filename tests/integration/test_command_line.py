@@ -112,10 +112,9 @@ def test_ctrl_c_before_the_first_step_ends_without_a_traceback(tmp_path, model_p
     started = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130
+    assert process.returncode == 130, errors
     assert "Traceback" not in errors
-    # Where it hit Ray while that was starting, Ray's agents see only after a while that their raylet is gone.
-    _, alive = psutil.wait_procs(started, timeout=90)
+    _, alive = psutil.wait_procs(started, timeout=20)
     assert not alive
 
 
