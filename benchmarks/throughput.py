@@ -56,7 +56,7 @@ MODELS = {"builtin": None, "random3m": (192, 6, 4096), "random16m": (384, 8, 819
 WARM_UP, FEWEST, MOST = 1, 2, 6  # collections; between the last two, as many as take
 MEASURED_S = 4.0
 ASYNC_STEPS = 8
-LONGEST_PROMPT = 128  # tokens
+LONGEST_PROMPT = 160  # tokens; that of two examples is 145
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,8 @@ class Case:
 
 
 CASES = (
-    Case("builtin", 64, 24),
-    Case("builtin", 16, 24, is_fitted=False),
+    Case("builtin", 64, 24, is_fitted=False),
+    Case("builtin", 16, 24),
     Case("builtin", 128, 24),
     Case("builtin", 32, 24, few_shot=2),
     Case("random3m", 32, 16),
