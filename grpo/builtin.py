@@ -212,8 +212,6 @@ def resolve(name: str, cache_dir: str, log: Log = tell) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     with at_once(), locked(path, log):
         if not path.is_dir():
-            log(
-                f"Making {BUILTIN}, once, in about a minute: a warm-up on demonstrations of mixed quality, kept in {cache_dir}"
-            )
+            log(f"Making {BUILTIN}, in about a minute: a warm-up on demonstrations of mixed quality, kept in {cache_dir}")
             make(path, recipe, log)
     return str(path)

@@ -27,17 +27,17 @@ def check_sources(config: Config) -> None:
 
     A large model on the hub is left to the plan, which knows whether there is a GPU for it.
     """
-    if stated_parameters(config.model.name) < LARGE:
-        check_model(config.model.name)
     if isinstance(config, OfflineConfig):
         next(iterate_groups(config.data))  # the first line, which is as wrong as the others where all are
         if config.lora_path is not None:
             check_adapter_files(config.lora_path)
-        return
-    if config.env.data is not None:
-        check_file(config.env.data)
-    if config.env.reward_fn:
-        check_reward_file(config.env.reward_fn)
+    else:
+        if config.env.data is not None:
+            check_file(config.env.data)
+        if config.env.reward_fn:
+            check_reward_file(config.env.reward_fn)
+    if stated_parameters(config.model.name) < LARGE:
+        check_model(config.model.name)
 
 
 def stated_parameters(name: str) -> float:
