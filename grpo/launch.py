@@ -6,10 +6,9 @@ ends in one line, in a second or two, with nothing started and nothing written.
 
 import importlib
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -26,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from grpo.config import RunConfig, check_keys, from_dictconfig, known_keys, readable
 from grpo.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PREEMPTED, ConfigError, UserError, one_line
 from grpo.offline_config import OfflineConfig
-from grpo.preemption import GraceOver, Preempted
+from grpo.preemption import GraceOver, Preempted, deferred_interrupt
 from grpo.resume import Config, find_run, key_value, resumed_config
 from grpo.sources import check_sources
 from grpo.sweep import add_override, jobs, parse_override, sweep, varying
@@ -79,22 +78,6 @@ def _missing(error: MissingConfigException, typed: list[Override]) -> str:
             other = f"; another model is model.name={name}" if group == "model" else ""
             return f"{group} ({name}) must be one of {', '.join(error.options)}{other}"
     return readable(error)
-
-
-@contextmanager
-def deferred_interrupt() -> Iterator[None]:
-    """Hold Ctrl-C back for the seconds in which libraries are imported and Hydra composes.
-
-    There it would be lost in somebody's bare except, or crash an extension module.
-    """
-    pending: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: pending.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if pending:
-        raise KeyboardInterrupt
 
 
 def launch(mode: str, default_config: str, main: Callable[[Config, Path], None]) -> None:
