@@ -31,7 +31,7 @@ from grpo.errors import ActorError, ConfigError, RewardError
 from grpo.grading import Failed, GradingPool, grading_pool
 from grpo.inference import InferenceActor, Sampling, engine_environment, engine_spec
 from grpo.metrics import Clock, RunLog
-from grpo.models import check_files, load_tokenizer
+from grpo.models import load_tokenizer
 from grpo.objectives.online import divisor
 from grpo.plan import Plan, make_plan
 from grpo.pools import EnginePool, ReferencePool, Revive, TrainerPool, WeightPush, named
@@ -45,6 +45,7 @@ from grpo.run import Run
 from grpo.run_async import AsyncRun
 from grpo.run_sync import SyncRun
 from grpo.session import claimed
+from grpo.sources import check_files
 from grpo.supervision import Supervisor
 from grpo.trainer import TrainerActor, TrainerSpec
 

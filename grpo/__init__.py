@@ -14,6 +14,7 @@ PUBLIC = {
     "resume_run": "grpo.interface",
     "compare": "grpo.interface",
     "UserError": "grpo.errors",
+    "Preempted": "grpo.preemption",
 }
 
 

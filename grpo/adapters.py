@@ -10,13 +10,12 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from grpo.errors import ConfigError, one_line
+from grpo.sources import check_adapter_files
 
 
 def adapter_settings(path: str) -> PeftLoraConfig:
     """What `adapter_config.json` of the directory says; ConfigError where these are not plain LoRA adapters."""
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (Path(path) / name).is_file():
-            raise ConfigError(f"lora_path ({path}) must be a directory with {name}, as peft's save_pretrained writes it")
+    check_adapter_files(path)
     try:
         settings = PeftConfig.from_pretrained(path)
     except (ValueError, TypeError, KeyError) as error:

@@ -11,20 +11,31 @@ import hashlib
 import os
 import random
 import shutil
+import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from tokenizers import AddedToken
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from grpo.errors import ConfigError
+from grpo.preemption import at_once
+from grpo.sources import BUILTIN, check_model
 from grpo.tasks.arithmetic import OPERATIONS, Expression, question, split_expressions
 
-NAME = "builtin/arithmetic"
+TELL_S, LOOK_S = 10.0, 0.5  # between two lines on how far it is; before the first one on a wait
+
+Log = Callable[[str], None]
+
+
+def tell(line: str) -> None:
+    """Say at once how far it is; standard output is a tool's answer."""
+    print(line, file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -105,7 +116,7 @@ def supervise(
     tokenizer: Qwen2Tokenizer,
     expressions: list[Expression],
     recipe: Recipe,
-    log=print,
+    log: Log = tell,
 ) -> None:
     """Train `model` in place on demonstrations drawn anew for each batch."""
     rng = random.Random(recipe.seed)
@@ -119,7 +130,7 @@ def supervise(
 
     encoded = {(e, right): encode(e, right) for e in expressions for right in (True, False)}
     order: list[Expression] = []
-    start = time.perf_counter()
+    start = told = time.perf_counter()
     model.train()
     for step in range(1, recipe.steps + 1):
         while len(order) < recipe.batch_size:
@@ -140,12 +151,14 @@ def supervise(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if step % 100 == 0:
-            log(f"  warm-up step {step}/{recipe.steps}  loss {loss.item():.3f}  {time.perf_counter() - start:.0f} s")
+        now = time.perf_counter()
+        if now - told >= TELL_S or step == recipe.steps:
+            told = now
+            log(f"  warm-up step {step}/{recipe.steps}  loss {loss.item():.3f}  {now - start:.0f} s")
     model.eval()
 
 
-def make(path: Path, recipe: Recipe, log=print) -> None:
+def make(path: Path, recipe: Recipe, log: Log = tell) -> None:
     """Write the warmed-up model and its tokenizer to `path`, whole or not at all."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
@@ -168,18 +181,37 @@ def save(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, path: Path) -> None
         raise
 
 
-def resolve(name: str, cache_dir: str, log=print) -> str:
-    """The path or hub name that transformers loads for `model.name`; makes a built-in model on its first use."""
+@contextmanager
+def locked(path: Path, log: Log) -> Iterator[None]:
+    """Have the making of `path` for this process alone; what waits for another one says so."""
+    lock, start, wait_s = FileLock(f"{path}.lock"), time.perf_counter(), LOOK_S
+    while True:
+        try:
+            lock.acquire(timeout=wait_s)
+            break
+        except Timeout:
+            waited_s, wait_s = time.perf_counter() - start, TELL_S
+            log(f"Waiting for another process to make {BUILTIN}, {waited_s:.0f} s so far (it holds {path}.lock)")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def resolve(name: str, cache_dir: str, log: Log = tell) -> str:
+    """The path or hub name that transformers loads for `model.name`; makes a built-in model on its first use.
+
+    Raises Preempted as soon as a run is asked to end meanwhile.
+    """
     if not name.startswith("builtin/"):
         return name
-    if name != NAME:
-        raise ConfigError(f"model.name ({name}): the only built-in model is {NAME}")
+    check_model(name)
     recipe = Recipe()
     digest = hashlib.sha256(repr(sorted(asdict(recipe).items())).encode()).hexdigest()[:12]
     path = Path(cache_dir).absolute() / f"arithmetic-{digest}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
+    with at_once(), locked(path, log):
         if not path.is_dir():
-            log(f"Making {NAME}: a supervised warm-up on demonstrations of mixed quality, kept in {cache_dir}")
+            log(f"Making {BUILTIN}, in about a minute: a warm-up on demonstrations of mixed quality, kept in {cache_dir}")
             make(path, recipe, log)
     return str(path)

@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from grpo.config_sections import RayConfig
 from grpo.errors import ActorError, ConfigError
+from grpo.leftovers import clean
 from grpo.nodes import Node, find_address, join_cluster, missing, node_resource, worker_environment
 from grpo.pools import named
 from grpo.preemption import REQUEST, deferred_interrupt, take_signals
@@ -28,7 +29,11 @@ ANYWHERE = "DEFAULT"
 
 
 def start_ray(config: RayConfig, num_processes: int, closing: ExitStack) -> None:
-    """Start Ray for `num_processes` actors, or join the cluster at ray.address; `closing` ends it, or leaves it."""
+    """Start Ray for `num_processes` actors, or join the cluster at ray.address; `closing` ends it, or leaves it.
+
+    What killed runs have left on this machine is removed first: it would take the memory.
+    """
+    clean()
     address = find_address(config)
     if address is None:
         _start_own(config, num_processes, closing)

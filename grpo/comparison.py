@@ -11,6 +11,15 @@ from statistics import fmean
 
 from grpo.intervals import Interval, clustered_share, mean_interval, paired_means, paired_shares, wilson
 from grpo.rewards import OUTCOMES, Grade
+from grpo.tasks import Problem
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt; where it is not `graded`, its problem has no answer."""
+
+    problem: Problem
+    graded: bool = True
 
 
 @dataclass(frozen=True)

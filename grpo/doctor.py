@@ -18,6 +18,7 @@ from pathlib import Path
 
 from grpo.errors import ConfigError, UserError, one_line
 from grpo.launch import compose
+from grpo.tool import run_tool
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
@@ -189,7 +190,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"Error: {one_line(error)}")
+    run_tool(main)

@@ -4,6 +4,10 @@ The scripts print these without a traceback and exit non-zero; any other excepti
 traceback.
 """
 
+EXIT_ERROR = 1
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved, and to be started again with resume=; job scripts requeue on it
+EXIT_INTERRUPTED = 130
+
 
 class UserError(Exception):
     """Something the user can put right. The message is one line."""
@@ -47,6 +51,11 @@ class ActorError(UserError):
 
 class Restarted(Exception):
     """Raised by an actor that was started again, and has not yet what it is asked for."""
+
+
+def times(count: int) -> str:
+    """How often something is or was done."""
+    return "once" if count == 1 else f"{count} times"
 
 
 def one_line(error: BaseException) -> str:

@@ -29,10 +29,11 @@ from omegaconf import OmegaConf
 
 from grpo import tasks
 from grpo.config import RunConfig, from_dictconfig
-from grpo.errors import ConfigError, DataError, UserError, one_line
+from grpo.errors import ConfigError, DataError, one_line
 from grpo.evaluate import SECTIONS, shipped_config
 from grpo.resume import CONFIG, read_config, write_whole
-from grpo.tool import find_run, override, read_lines, split_arguments
+from grpo.sources import check_files, check_model
+from grpo.tool import find_run, override, read_lines, run_tool, split_arguments
 
 if TYPE_CHECKING:  # importing them takes seconds, and a wrong argument is answered before
     from transformers import PreTrainedTokenizerBase
@@ -136,12 +137,11 @@ def asker(config: RunConfig, model: str, temperature: float) -> Iterator[Asker]:
     """An engine with `model`, as `config` describes both."""
     from grpo import builtin, plan  # here: they import transformers
     from grpo.inference import Sampling, engine_spec
-    from grpo.models import check_files, load_tokenizer
+    from grpo.models import load_tokenizer
     from grpo.models import read_config as read_model_config
     from grpo.standalone import Part, started
 
     device, path = plan.resolve_device(config.device), builtin.resolve(model, config.model.cache_dir)
-    check_files(path)
     plan.check_positions(config, read_model_config(path))
     inference = config.inference_model
     task, grader, tokenizer = tasks.load(config.env), tasks.grader(config.env), load_tokenizer(path)
@@ -223,6 +223,8 @@ def main() -> None:
     rows = read_prompts(Path(arguments["prompts"]), faults) if "prompts" in arguments else []
     run_keys = {key: arguments[key] for key in ("seed", "device") if key in arguments}
     config, model = configure(arguments.get("model"), overrides | run_keys)
+    check_model(model)
+    check_files(model)
     print(f"Asking {model}", file=sys.stderr, flush=True)
     with asker(config, model, temperature) as asking:
         if typed:
@@ -238,9 +240,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"Error: {one_line(error)}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_tool(main)

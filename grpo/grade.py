@@ -20,10 +20,10 @@ from typing import IO
 
 from grpo import tasks
 from grpo.config_sections import EnvConfig
-from grpo.errors import ConfigError, DataError, UserError, one_line
+from grpo.errors import ConfigError, DataError
 from grpo.grading import Failed, GradingPool, grading_pool
 from grpo.rewards import OUTCOMES, Grade
-from grpo.tool import parse_arguments, read_lines
+from grpo.tool import parse_arguments, read_lines, run_tool
 
 LINES = 4096  # that are graded at a time
 
@@ -121,7 +121,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"Error: {one_line(error)}")
+    run_tool(main)

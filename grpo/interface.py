@@ -7,12 +7,14 @@ python -m grpo.evaluate. The parts are imported once they are needed, since that
 import importlib
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from grpo.launch import SCRIPTS
+from grpo.preemption import Preempted
 from grpo.resume import SUMMARY, Config, read_config
 
 
@@ -20,23 +22,27 @@ from grpo.resume import SUMMARY, Config, read_config
 def build(config: Config, run_dir: str | Path) -> Iterator[Any]:
     """A run in the directory `run_dir`, whose actors are up; leaving the context ends every process that it started.
 
-    An actor that cannot be started again where it is ends it; `train` then starts them all again.
+    An actor that cannot be started again where it is ends it; `train` then starts them all again. Raises `Preempted` where
+    the run is asked to end, once it is saved.
     """
     path = _made(run_dir)
     parts = importlib.import_module(SCRIPTS[config.mode].parts)
     from grpo.supervision import attended  # here: it imports Ray
 
-    with attended(config), parts.build(config, path) as run:
+    with _telling(path), attended(config), parts.build(config, path) as run:
         yield run
 
 
 def train(config: Config, run_dir: str | Path) -> dict:
     """The whole run, as the mode's script has it; returns what is in summary.json.
 
-    `run_dir` is new, or that of the run that `config.resume` names. Raises UserError with what the script's one line says.
+    `run_dir` is new, or that of the run that `config.resume` names. Raises UserError with what the script's one line says,
+    and `Preempted` as `build` does.
     """
     script = importlib.import_module(SCRIPTS[config.mode].file.removesuffix(".py"))
-    script.main(config, _made(run_dir))
+    path = _made(run_dir)
+    with _telling(path):
+        script.main(config, path)
     return json.loads((Path(run_dir) / SUMMARY).read_text())
 
 
@@ -55,6 +61,16 @@ def compare(**arguments: Any) -> dict:
     from grpo.evaluate import evaluate
 
     return evaluate([f"{key}={value}" for key, value in arguments.items()])
+
+
+@contextmanager
+def _telling(run_dir: Path) -> Iterator[None]:
+    """Say how a run goes on that was asked to end; who does not catch Preempted ends as the scripts do."""
+    try:
+        yield
+    except Preempted as stop:
+        print(stop.told(f"grpo.resume_run({str(run_dir)!r})"), file=sys.stderr)
+        raise
 
 
 def _made(run_dir: str | Path) -> Path:

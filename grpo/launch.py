@@ -17,16 +17,18 @@ from typing import Any, NamedTuple
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from grpo.config import RunConfig, check_keys, from_dictconfig, known_keys, readable
-from grpo.errors import ConfigError, UserError, one_line
+from grpo.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PREEMPTED, ConfigError, UserError, one_line
 from grpo.offline_config import OfflineConfig
 from grpo.preemption import GraceOver, Preempted, deferred_interrupt
 from grpo.resume import Config, find_run, key_value, resumed_config
-from grpo.sweep import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PREEMPTED, add_override, jobs, parse_override, sweep, varying
+from grpo.sources import check_sources
+from grpo.sweep import add_override, jobs, parse_override, sweep, varying
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "config"
 MOST_CHECKED = 64  # runs of a sweep, before the first one starts
@@ -53,13 +55,29 @@ def compose(config_name: str, overrides: Sequence[str] = (), cls: type[Config] =
 
     Only keys of `cls` may be overridden.
     """
+    if not (CONFIG_DIR / f"{config_name.removesuffix('.yaml')}.yaml").is_file():
+        known = ", ".join(sorted(path.stem for path in CONFIG_DIR.glob("*.yaml")))
+        raise ConfigError(f"there is no configuration {config_name}; there are {known}")
     groups = sorted(path.name for path in CONFIG_DIR.iterdir() if path.is_dir())
+    parsed = [parse_override(override) for override in overrides]
     try:
-        check_keys([parse_override(override).key_or_group for override in overrides], groups, cls)
+        check_keys([override.key_or_group for override in parsed], groups, cls)
         with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             return from_dictconfig(hydra.compose(config_name, overrides=list(overrides)))
+    except MissingConfigException as error:
+        raise ConfigError(_missing(error, parsed)) from None
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(readable(error)) from None
+
+
+def _missing(error: MissingConfigException, typed: list[Override]) -> str:
+    """What was asked of a configuration group that it does not have, and what it has."""
+    for override in typed:
+        group, name = override.key_or_group, override.value()
+        if error.options and error.missing_cfg_file == f"{group}/{name}":
+            other = f"; another model is model.name={name}" if group == "model" else ""
+            return f"{group} ({name}) must be one of {', '.join(error.options)}{other}"
+    return readable(error)
 
 
 def launch(mode: str, default_config: str, main: Callable[[Config, Path], None]) -> None:
@@ -91,9 +109,8 @@ def launch(mode: str, default_config: str, main: Callable[[Config, Path], None])
             starting.close()
             main(config, run_dir)
         except Preempted as stop:
-            again = f"{SCRIPTS[mode].file} resume={run_dir}"
-            print(f"Ended by {stop} after saving {stop.saved}; it goes on with python {again}", file=sys.stderr)
-            sys.exit(EXIT_PREEMPTED)
+            print(stop.told(f"python {SCRIPTS[mode].file} resume={run_dir}"), file=sys.stderr)
+            raise
         except GraceOver as error:
             _report(error)
             sys.exit(EXIT_PREEMPTED)
@@ -114,17 +131,9 @@ def launch(mode: str, default_config: str, main: Callable[[Config, Path], None])
     under_hydra()
 
 
-def _config_name(arguments, default_config: str) -> str:
-    name = arguments.config_name or default_config
-    if not (CONFIG_DIR / f"{name.removesuffix('.yaml')}.yaml").is_file():
-        known = ", ".join(sorted(path.stem for path in CONFIG_DIR.glob("*.yaml")))
-        raise ConfigError(f"--config-name {name}: there is no such configuration; there are {known}")
-    return name
-
-
 def _check_sweep(arguments, mode: str, default_config: str) -> list[list[str]]:
     """Raise ConfigError for a run of the sweep that cannot work; returns the runs' overrides, where they are known ahead."""
-    name = _config_name(arguments, default_config)
+    name = arguments.config_name or default_config
     if "hydra/sweeper=optuna" in arguments.overrides and find_spec("optuna") is None:
         raise ConfigError("hydra/sweeper=optuna needs pip install --no-deps -r requirements_optuna.txt")
     groups = {path.name: sorted(file.stem for file in path.glob("*.yaml")) for path in CONFIG_DIR.iterdir() if path.is_dir()}
@@ -157,7 +166,7 @@ def _check_sweep(arguments, mode: str, default_config: str) -> list[list[str]]:
 
 def _check(arguments, mode: str, default_config: str) -> tuple[Config, Path] | None:
     """Raise ConfigError for what cannot work; returns the run to go on with, if that was asked for."""
-    name, overrides = _config_name(arguments, default_config), list(arguments.overrides)
+    name, overrides = arguments.config_name or default_config, list(arguments.overrides)
     config = compose(name, overrides, SCRIPTS[mode].config)
     typed = {parsed.key_or_group: parsed.value() for parsed in map(parse_override, overrides)}
     run_dir, typed_dir = None, typed.get("hydra.run.dir")
@@ -183,6 +192,7 @@ def _plan(config: Config, mode: str) -> Any:
     if config.mode != mode:
         script, other = SCRIPTS[mode].file, SCRIPTS[config.mode].file
         raise ConfigError(f"mode ({config.mode}) must be {mode} for {script}: use {other}")
+    check_sources(config)
     return importlib.import_module(SCRIPTS[mode].plan).make_plan(config)
 
 

@@ -22,12 +22,11 @@ LIST = "segments"  # what a list of foreign segments is called
 
 @contextmanager
 def marked() -> Iterator[None]:
-    """Mark what is started meanwhile as this process's; what drivers that are gone have left is removed first."""
+    """Mark what is started meanwhile as this process's, and remove its segments in the end."""
     own = identity(os.getpid())
     if own is None:
         yield
         return
-    clean()
     before, os.environ[MARK] = os.environ.get(MARK), own
     try:
         yield
@@ -40,6 +39,8 @@ def marked() -> Iterator[None]:
 
 def clean() -> None:
     """End the processes and remove the segments of drivers that are gone, and say so."""
+    if identity(os.getpid()) is None:
+        return
     ended = 0
     for pid, mark in _marked_processes():
         if is_gone(mark):

@@ -4,19 +4,14 @@ Owns everything that touches a transformers model except sampling from it. The t
 transformers engine load through here, so that all of them compute the same log-probs.
 """
 
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from huggingface_hub import constants as hub_constants
-from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -37,6 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from grpo.config_sections import ALL_LINEAR, LoraConfig
 from grpo.errors import ConfigError, one_line
 from grpo.four_bit import four_bit_layers, is_codes, load_four_bit, outline, plain, values
+from grpo.sources import check_model
 
 LOGITS = 2**27  # that are scored at a time: 512 MiB in float32
 TOKENS = 2**13  # that are scored at a time: more gain nothing on a GPU, and leave a CPU's cache
@@ -46,36 +42,11 @@ ADAPTER = ".lora_"  # in the names of the parameters that peft adds, and in no o
 
 def read_config(name: str) -> PreTrainedConfig:
     """The transformers configuration of a local directory or hub name; ConfigError where there is none."""
-    if not Path(name).is_dir():
-        if name.startswith((".", "/", "~")) or name.count("/") > 1:
-            raise ConfigError(f"model.name ({name}): there is no such directory; give one in transformers format")
-        if not isinstance(try_to_load_from_cache(name, "config.json"), str) and not _hub_reachable():
-            raise ConfigError(
-                f"model.name ({name}) is no directory here, is not in the hub's cache, and the hub cannot be reached: "
-                "connect, or give a local directory in transformers format"
-            )
+    check_model(name)
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name ({name}) is not a model that can be read: {one_line(error)[:200]}") from None
-
-
-def _hub_reachable() -> bool:
-    """Asked first, since the hub's client retries for half a minute where there is no network."""
-    if getproxies():
-        return True
-    try:
-        socket.create_connection((urlsplit(hub_constants.ENDPOINT).hostname, 443), timeout=5).close()
-    except OSError:
-        return False
-    return True
-
-
-def check_files(path: str) -> None:
-    """Raise ConfigError where a local model directory lacks its weights or its tokenizer."""
-    folder = Path(path)
-    if folder.is_dir() and not (any(folder.glob("*.safetensors")) and (folder / "tokenizer_config.json").is_file()):
-        raise ConfigError(f"model.name ({path}) must hold *.safetensors and tokenizer_config.json, as save_pretrained does")
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

@@ -16,7 +16,7 @@ from grpo.checkpoint import Checkpoint, CheckpointWriter
 from grpo.cluster import check_shared, join_ranks, reserve, start_actors, start_ray
 from grpo.errors import ConfigError, DataError
 from grpo.metrics import METRICS_FILE, Clock, RunLog
-from grpo.models import check_files, load_tokenizer
+from grpo.models import load_tokenizer
 from grpo.offline_config import OfflineConfig
 from grpo.offline_plan import OfflinePlan, make_plan
 from grpo.offline_run import OfflineRun, differing
@@ -25,6 +25,7 @@ from grpo.pools import named
 from grpo.resume import SUMMARY
 from grpo.scored import EncodedGroups, encode_groups, hold_out, read_groups
 from grpo.session import claimed
+from grpo.sources import check_files
 from grpo.supervision import Supervisor
 from grpo.trainer import TrainerSpec
 

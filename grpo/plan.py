@@ -5,7 +5,6 @@ grpo/config_sections.py.
 """
 
 import os
-import re
 from dataclasses import dataclass
 
 import psutil
@@ -15,16 +14,16 @@ from transformers import PreTrainedConfig
 from grpo import builtin
 from grpo.config import RunConfig
 from grpo.config_sections import RayConfig
-from grpo.errors import ConfigError
+from grpo.errors import ConfigError, times
 from grpo.four_bit import BYTES as FOUR_BITS
 from grpo.four_bit import check_four_bit
 from grpo.models import DTYPES, kv_cache_bytes, num_adapter_parameters, num_parameters, read_config
 from grpo.nodes import Node, cluster_nodes, find_address, join_cluster
 from grpo.placement import place
+from grpo.sources import BUILTIN, LARGE, stated_parameters
 from grpo.throughput import forecast, shape_of
 
 FLOAT32, FLOAT16 = 4, 2  # bytes
-LARGE = 1e9  # parameters from which a model needs a GPU to be of any use
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ class Plan:
         total = config.train.total_dialog_turns
         if config.train.replay == "uniform":
             return f"{total} responses, drawn at random from the last {config.buffered_groups * config.env.repeats}"
-        return f"{total} responses, each trained on {config.train.epochs} times"
+        return f"{total} responses, each trained on {times(config.train.epochs)}"
 
     def _trained(self, config: RunConfig) -> str:
         what = "LoRA adapters" if config.train_model.lora.enabled else "all"
@@ -208,16 +207,14 @@ def check_positions(config: RunConfig, model: PreTrainedConfig) -> int:
 
 def find_architecture(name: str, device: str) -> PreTrainedConfig:
     """The transformers configuration of `model.name`; ConfigError where there is none, or it is too large for a CPU."""
-    stated = re.search(r"(\d+(?:\.\d+)?)\s*[bB](?![a-zA-Z])", os.path.basename(name))
-    if device == "cpu" and not os.path.isdir(name) and stated and float(stated.group(1)) * 1e9 >= LARGE:
+    stated = stated_parameters(name)
+    if device == "cpu" and stated >= LARGE:
         raise ConfigError(
-            f"model.name ({name}) has about {stated.group(1)} billion parameters and wants a GPU, and this machine has "
+            f"model.name ({name}) has about {stated / 1e9:g} billion parameters and wants a GPU, and this machine has "
             "none: python grpo_sync.py --config-name grpo_arithmetic runs here"
         )
-    if name == builtin.NAME:
+    if name == BUILTIN:
         return builtin.make_config(builtin.Recipe(), builtin.make_tokenizer())
-    if name.startswith("builtin/"):
-        raise ConfigError(f"model.name ({name}): the only built-in model is {builtin.NAME}")
     return read_config(name)
 
 

@@ -22,11 +22,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from grpo.config import known_keys
-from grpo.errors import ConfigError, DataError, UserError, one_line
+from grpo.errors import ConfigError, DataError
 from grpo.intervals import wilson
 from grpo.metrics import PHASES
 from grpo.resume import SUMMARY, Config, key_value, read_config
-from grpo.tool import OUTPUTS, find_run, split_arguments
+from grpo.tool import OUTPUTS, find_run, run_tool, split_arguments
 
 # Okabe and Ito's colours, told apart with any colour vision; yellow is too light for a line on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -230,6 +230,7 @@ def draw(figure: Figure, runs: Sequence[Drawn]) -> None:
         axes.set_axisbelow(True)
         axes.margins(x=0.02)
         axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 4, 5, 10]))
+        axes.ticklabel_format(axis="y", style="plain", useOffset=False)  # a factor of its own would lie on the title
         if not isinstance(panel, Phases):
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         if i + columns >= len(panels) and not isinstance(panel, Phases):
@@ -277,7 +278,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"Error: {one_line(error)}")
+    run_tool(main)

@@ -10,15 +10,28 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from grpo.errors import CheckpointError
+from grpo.errors import EXIT_PREEMPTED, CheckpointError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
-class Preempted(Exception):
-    """The run was asked to end, and its state is whole. `saved` says under which name, once it is."""
+class Preempted(SystemExit):
+    """The run was asked to end, and its state is whole. `saved` says under which name, once it is.
+
+    It is no error: a program that does not catch it ends with EXIT_PREEMPTED and without a traceback.
+    """
 
     saved = ""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.code = EXIT_PREEMPTED
+
+    def told(self, again: str) -> str:
+        """One line for the user; `again` is how a run that was saved goes on."""
+        if not self.saved:
+            return f"Ended by {self} before there was anything to save: start it again as it was started"
+        return f"Ended by {self} after saving {self.saved}; it goes on with {again}"
 
 
 class GraceOver(CheckpointError):
@@ -31,6 +44,7 @@ class _Request:
     reason: str | None = None
     too_late: GraceOver | None = None  # once the grace period is over
     ended: bool = False  # what still waits beside the main thread is to stop before Ray does
+    at_once: bool = False  # there is nothing to save
     in_ray: bool = False  # whose waits print what a signal handler raises, and go on
     handlers: dict[int, Callable] = {}  # of the signals, while `listen` lasts
 
@@ -65,12 +79,16 @@ def listen(grace_s: float, max_wall_time: float | None) -> Iterator[None]:
             os.kill(os.getpid(), number)  # a forked child of ours ends as it would have
         elif REQUEST.reason is None:
             ask(signal.Signals(number).name)
+            if REQUEST.at_once:
+                REQUEST.check()
         else:
             raise KeyboardInterrupt
 
     def on_clock(number: int, frame: object) -> None:
         if REQUEST.reason is None:
             ask("train.max_wall_time")
+            if REQUEST.at_once:
+                REQUEST.check()
             return
         REQUEST.too_late = GraceOver(
             f"the run was to end ({REQUEST.reason}), and could not be saved within train.grace_s ({grace_s:g}): the "
@@ -90,6 +108,17 @@ def listen(grace_s: float, max_wall_time: float | None) -> Iterator[None]:
         REQUEST.reason, REQUEST.too_late, REQUEST.ended, REQUEST.handlers = None, None, False, {}
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def at_once() -> Iterator[None]:
+    """While there is nothing to save: a request to end raises Preempted wherever the main thread is."""
+    REQUEST.check()
+    REQUEST.at_once = True
+    try:
+        yield
+    finally:
+        REQUEST.at_once = False
 
 
 @contextmanager

@@ -54,10 +54,9 @@ def load_reward_function(spec: str) -> RewardFunction:
     response. Raises ConfigError where there is no such file, module or function.
     """
     where, _, name = spec.rpartition(":")
+    check_reward_file(spec)
     try:
         module = _load_file(Path(where), spec) if where.endswith(".py") else importlib.import_module(where)
-    except ConfigError:
-        raise
     except Exception as error:  # the user's code may raise anything
         raise ConfigError(f"env.reward_fn ({spec}): importing {where} raised {_what_and_where(error)}") from error
     if not callable(getattr(module, name, None)):
@@ -65,9 +64,14 @@ def load_reward_function(spec: str) -> RewardFunction:
     return getattr(module, name)
 
 
+def check_reward_file(spec: str) -> None:
+    """Raise ConfigError where `spec` is a PATH.py:FUNCTION, and the file is not there."""
+    where = spec.rpartition(":")[0]
+    if where.endswith(".py") and not Path(where).is_file():
+        raise ConfigError(f"env.reward_fn ({spec}): there is no file {where}")
+
+
 def _load_file(path: Path, spec: str) -> ModuleType:
-    if not path.is_file():
-        raise ConfigError(f"env.reward_fn ({spec}): there is no file {path}")
     module_spec = importlib.util.spec_from_file_location(f"reward_fn_{path.stem}", path)
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module  # dataclasses look their module up there

@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo import session
 from grpo.config import RunConfig
-from grpo.errors import RewardError, TrainingError
-from grpo.evaluate import accuracy
+from grpo.errors import RewardError, TrainingError, times
 from grpo.grading import GradingPool
+from grpo.measure import accuracy
 from grpo.metrics import rollout_metrics
 from grpo.pools import EnginePool, WeightPush
 from grpo.rewards import Grade
@@ -69,7 +69,7 @@ class Run(Session):
             note, count = notes.most_common(1)[0]
             raise RewardError(
                 f"{notes.total()} of {len(grades)} responses could not be graded, more than train.max_grader_error_rate "
-                f"({self.config.train.max_grader_error_rate:g}) allows; {count} times: {note}"
+                f"({self.config.train.max_grader_error_rate:g}) allows; {times(count)}: {note}"
             )
 
     def _look_at(self, kept: list[list[Grade]], dropped: list[list[Grade]]) -> None:

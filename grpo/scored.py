@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from tensordict import TensorDict
 
 from grpo.errors import ConfigError, DataError, one_line
-from grpo.rollout import length_mask
+from grpo.rewards import LARGEST
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # importing them takes seconds, and a wrong file is answered before
+    from tensordict import TensorDict
     from transformers import PreTrainedTokenizerBase
 
 
@@ -40,9 +39,14 @@ class ScoredGroup:
 
 def read_groups(path: str) -> list[ScoredGroup]:
     """The groups of a JSONL file; raises DataError, `data FILE:LINE: reason`, for the first line that is not one."""
+    return list(iterate_groups(path))
+
+
+def iterate_groups(path: str) -> Iterator[ScoredGroup]:
+    """The groups of a JSONL file one by one; raises DataError as `read_groups` does."""
     if not Path(path).is_file():
         raise DataError(f"data ({path}): there is no such file")
-    groups = []
+    number = 0
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
             where = f"data {path}:{number}"
@@ -50,10 +54,9 @@ def read_groups(path: str) -> list[ScoredGroup]:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{where} is not JSON: {one_line(error)}") from None
-            groups.append(_group(row, where))
-    if not groups:
+            yield _group(row, where)
+    if not number:
         raise DataError(f"data ({path}) has no line: give one group of scored completions a line")
-    return groups
 
 
 def _group(row: object, where: str) -> ScoredGroup:
@@ -83,7 +86,7 @@ def _is_text(value: object) -> bool:
 def _is_score(value: object) -> bool:
     """A number that is finite in float32, which it will be."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and abs(value) <= torch.finfo(torch.float32).max
+    return number and abs(value) <= LARGEST
 
 
 def _shown(value: object) -> str:
@@ -180,7 +183,7 @@ def batches_of(num_groups: int, batch_size: int, num_epochs: int, seed: int, fir
             yield order[i * batch_size : (i + 1) * batch_size]
 
 
-def collate(groups: list[EncodedGroup], multiple: int = 1) -> TensorDict:
+def collate(groups: list[EncodedGroup], multiple: int = 1) -> "TensorDict":
     """A batch [B] of groups, B a multiple of `multiple`: the last group again, masked out, where there are too few.
 
     tokens           int64   [B, K, T]  prompt then completion, padded on the right with 0
@@ -189,6 +192,11 @@ def collate(groups: list[EncodedGroup], multiple: int = 1) -> TensorDict:
     response_mask    bool    [B, K, T]  true on completion tokens, but for groups that fill the batch up
     score            float32 [B, K]     0 where there is no completion
     """
+    import torch
+    from tensordict import TensorDict
+
+    from grpo.rollout import length_mask
+
     real, groups = len(groups), groups + groups[-1:] * (-len(groups) % multiple)
     shape = len(groups), max(len(group.completions) for group in groups), max(group.length for group in groups)
     tokens, score = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape[:2])

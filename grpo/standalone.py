@@ -6,12 +6,15 @@
          <──── Completions as they finish ────
          ──end of the pipe──> end
 
-The process ends with the tool, however that ends, and gives its memory back before the next model needs it.
+The process ends with the tool, however that ends, and gives its memory back before the next model needs it. What libraries
+say in it is kept out of the tool's output, and shown where it dies or hangs.
 """
 
 import multiprocessing
 import os
 import signal
+import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -77,9 +80,21 @@ def started(spec: EngineSpec, start_timeout_s: float, timeout_s: float) -> Itera
     Raises ActorError where it dies, is not up within `start_timeout_s` seconds, or finishes no response for `timeout_s`
     seconds.
     """
+    with tempfile.NamedTemporaryFile(prefix="grpo-engine-") as said:
+        try:
+            with _started(spec, said.name, start_timeout_s, timeout_s) as engine:
+                yield engine
+        except ActorError:
+            sys.stderr.write(said.read().decode(errors="replace"))
+            raise
+
+
+@contextmanager
+def _started(spec: EngineSpec, output: str, start_timeout_s: float, timeout_s: float) -> Iterator[RunningEngine]:
+    """The same; what the process writes goes to the file `output`."""
     context = multiprocessing.get_context("spawn")
     connection, other = context.Pipe()
-    process = context.Process(target=_serve, args=(other, spec), name="engine")
+    process = context.Process(target=_serve, args=(other, spec, output), name="engine")
     with _environment(engine_environment(spec) | {"VLLM_LOGGING_LEVEL": "ERROR"}):  # its warnings are for every start alike
         process.start()
     other.close()
@@ -118,10 +133,12 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _serve(connection: Connection, spec: EngineSpec) -> None:
+def _serve(connection: Connection, spec: EngineSpec, output: str) -> None:
     """The process's life."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the tool's, which ends its engine
-    os.dup2(2, 1)  # the libraries' own words do not get between those of the tool, whose output may be read by a program
+    file = os.open(output, os.O_WRONLY | os.O_APPEND)
+    for stream in (1, 2):  # of this process and those that it starts, libraries in C too
+        os.dup2(file, stream)
     threading.Thread(target=_end_with_the_tool, daemon=True).start()
     try:
         engine = make_engine(spec)

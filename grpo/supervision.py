@@ -27,7 +27,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import ActorUnavailableError, RayActorError
 
 from grpo.config_sections import RayConfig
-from grpo.errors import ActorError
+from grpo.errors import ActorError, times
 from grpo.leftovers import marked
 from grpo.preemption import REQUEST, Preempted, listen
 from grpo.remote import ask, get_all, wait_until_back
@@ -124,7 +124,8 @@ class Supervisor:
         if self.counts[error.actor] >= self.most:
             wrote = f"; it wrote last: {' | '.join(error.log)}" if error.log else ""
             raise ActorError(
-                f"{error}{where}{wrote}; it was started again {self.most} times, as often as ray.max_restarts allows; {kept}"
+                f"{error}{where}{wrote}; it was started again {times(self.most)}, as often as ray.max_restarts allows; "
+                f"{kept}"
             ) from None
         self.counts[error.actor] += 1
         return f"restart {self.counts[error.actor]} of at most {self.most}{where}"

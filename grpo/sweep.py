@@ -29,15 +29,12 @@ from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from grpo.errors import ConfigError, UserError, one_line
+from grpo.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PREEMPTED, ConfigError, UserError, one_line
 from grpo.intervals import wilson
 from grpo.resume import SUMMARY, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 JOB, OUTPUT, TABLE = "job.json", "output.log", "table"
-EXIT_ERROR = 1
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved, and to be started again with resume=; job scripts requeue on it
-EXIT_INTERRUPTED = 130
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 LONGEST_REASON = 300  # characters
 

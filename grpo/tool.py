@@ -1,6 +1,7 @@
 """What the tools that are not runs share (grpo.evaluate, grade, generate, plot, view): arguments, input, the run."""
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TypeVar
@@ -9,12 +10,22 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from grpo.config import check_keys, readable
-from grpo.errors import ConfigError, DataError, one_line
+from grpo.errors import EXIT_INTERRUPTED, ConfigError, DataError, UserError, one_line
 from grpo.resume import CONFIG
 
 OUTPUTS = Path("outputs")
 
 T = TypeVar("T")
+
+
+def run_tool(main: Callable[[], object]) -> None:
+    """Run a tool's `main`: what a user can put right ends it in one line on stderr, Ctrl-C without a word."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"Error: {one_line(error)}")
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
 
 
 def parse_arguments(typed: list[str], own: dict[str, bool], section: type[T], name: str) -> tuple[dict[str, str], T]:

@@ -17,10 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo import builtin
 from grpo.config_sections import ObjectiveConfig
-from grpo.errors import ConfigError, UserError, one_line
+from grpo.errors import ConfigError
 from grpo.models import last_states, load_model, load_tokenizer
 from grpo.objectives.transport import dense, sinkhorn
-from grpo.tool import parse_arguments
+from grpo.sources import BUILTIN
+from grpo.tool import parse_arguments, run_tool
 
 matplotlib.use("Agg")
 
@@ -87,7 +88,7 @@ def main() -> None:
     out = Path(arguments.get("out", "transport.png"))
     if not out.parent.is_dir():
         raise ConfigError(f"out ({out}): there is no directory {out.parent}")
-    path = builtin.resolve(arguments.get("model", builtin.NAME), ".cache")
+    path = builtin.resolve(arguments.get("model", BUILTIN), ".cache")
     model, tokenizer = load_model(path, torch.device("cpu")), load_tokenizer(path)
     prompt = arguments.get("prompt", "What is (3 + 4) * 5?")
     first, second = (read(model, tokenizer, prompt, arguments[name]) for name in ("first", "second"))
@@ -96,7 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"Error: {one_line(error)}")
+    run_tool(main)

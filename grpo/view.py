@@ -26,10 +26,10 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 from grpo.config import RunConfig
-from grpo.errors import ConfigError, DataError, UserError, one_line
+from grpo.errors import ConfigError, DataError, one_line
 from grpo.resume import read_config, write_whole
 from grpo.rewards import OUTCOMES
-from grpo.tool import find_run, split_arguments, whole_number
+from grpo.tool import find_run, run_tool, split_arguments, whole_number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -251,7 +251,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"Error: {one_line(error)}")
+    run_tool(main)

@@ -57,13 +57,18 @@ def _read_parquet(path: str) -> list[dict]:
         raise DataError(f"env.data ({path}) is not a Parquet file that can be read: {one_line(error)}") from None
 
 
+def check_file(path: str) -> None:
+    """Raise DataError where the file env.data is not there."""
+    if not Path(path).is_file():
+        raise DataError(f"env.data ({path}): there is no such file")
+
+
 def read_file(path: str) -> list[dict]:
     """The rows of a local file, Parquet where its name ends in .parquet and else one JSON object a line.
 
     Raises DataError for a file that is not there, and for the first line that is not a JSON object.
     """
-    if not Path(path).is_file():
-        raise DataError(f"env.data ({path}): there is no such file")
+    check_file(path)
     return _read_parquet(path) if path.endswith(".parquet") else _read_jsonl(path)
 
 

@@ -94,7 +94,7 @@ def test_bad_input_ends_in_one_clear_line(case, tmp_path, model_path):
 def test_a_configuration_that_is_not_there_is_answered_with_those_that_are():
     run = subprocess.run([sys.executable, "grpo_sync.py", "--config-name", "grpo_nothing"], cwd=ROOT, capture_output=True)
     assert run.returncode == 1
-    assert b"Error: --config-name grpo_nothing: there is no such configuration; there are grpo_arithmetic" in run.stderr
+    assert b"Error: there is no configuration grpo_nothing; there are grpo_arithmetic" in run.stderr
 
 
 def test_dry_run_tells_the_plan_and_starts_nothing(tmp_path):

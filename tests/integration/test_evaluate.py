@@ -130,6 +130,16 @@ def test_an_engine_that_dies_is_named(model_path):
     thread.join()
 
 
+def test_what_an_engine_said_is_shown_where_it_fails_and_else_not(model_path, capfd):
+    assert len(sample(spec(model_path), [[1]], [Part(Sampling(1, 4, 0.0), 0)], 60, 60)) == 1
+    assert capfd.readouterr() == ("", "")
+    with pytest.raises(ActorError, match=r"died while starting, with exit code 1$"):
+        sample(spec("./nowhere"), [[1]], [Part(Sampling(1, 4, 0.0), 0)], 60, 60)
+    said = capfd.readouterr().err
+    assert said.startswith("Traceback") or "\nTraceback" in said
+    assert "./nowhere" in said.splitlines()[-1]
+
+
 def test_an_engine_that_is_late_is_named_and_ended(model_path):
     with pytest.raises(ActorError, match=r"did not answer within 0.2 s while starting; .* raise ray.start_timeout_s$"):
         sample(spec(model_path), [[1]], [Part(Sampling(1, 4, 0.0), 0)], 0.2, 60)

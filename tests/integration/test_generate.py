@@ -27,6 +27,7 @@ def generate(*arguments: str) -> str:
         command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL
     )
     assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.startswith("Asking ") and ended.stderr.count("\n") == 1  # and not a word of the libraries'
     return ended.stdout
 
 

@@ -123,7 +123,7 @@ def test_an_actor_that_dies_at_every_start_ends_the_run_with_its_last_words(tmp_
     assert said.startswith("the inference actor died while starting: ") and "\n" not in said
     assert "no such luck" in said
     whole = newest(run_dir).path.name  # of step 1, or of a later one where the kill took its time
-    assert f"it was started again 1 times, as often as ray.max_restarts allows; {whole} is whole: go on with" in said
+    assert f"it was started again once, as often as ray.max_restarts allows; {whole} is whole: go on with" in said
 
 
 def test_two_runs_do_not_disturb_each_other_and_clean_up_behind_a_killed_one(run_sync, tmp_path, model_path):

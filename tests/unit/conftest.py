@@ -117,6 +117,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
                 return read_config(name)
             return next((config for key, config in known.items() if key in name), ARCHITECTURES["Qwen2.5-3B"])
 
+        monkeypatch.setattr("grpo.sources.hub_reachable", lambda: True)
         monkeypatch.setattr("grpo.plan.read_config", architecture)
         monkeypatch.setattr("grpo.plan.num_parameters", count_once)
         monkeypatch.setattr("torch.cuda.is_available", lambda: count > 0)

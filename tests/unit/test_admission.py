@@ -1,7 +1,10 @@
 """Bounded staleness: hand-worked cases, and random durations and pushes against what the rules promise."""
 
+import math
 import random
 from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import pytest
 
@@ -92,57 +95,99 @@ def test_a_resumed_run_starts_the_lost_groups_first():
     assert admission.state == {"batch": 3, "first_batch": 2, "next_id": 8, "again": [3, 6]}
 
 
+@dataclass
+class Play:
+    """A run as its admission sees it: random durations, pushes on time, processes that end at any batch, dropped groups."""
+
+    draw: random.Random
+    make: Callable[[], Admission]
+    batches_per_version: int
+    most_running: float
+    expired: Callable[[Admission], set[int]] = lambda admission: set()  # what is finished, and is as good as gone
+    version: int = 0
+    since_push: int = 0  # batches
+    started: dict[int, int] = field(default_factory=dict)  # under which version
+    running: dict[int, int] = field(default_factory=dict)  # time left
+    finished: set[int] = field(default_factory=set)
+    again: set[int] = field(default_factory=set)  # lost, and to be started again
+    trained: Counter[int] = field(default_factory=Counter)
+    dropped: set[int] = field(default_factory=set)
+    left: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.admission = self.make()
+        self.share_dropped, self.share_ended = self.draw.choice([0.0, 0.0, 0.3]), self.draw.choice([0.0, 0.1])
+
+    def batches(self) -> Iterator[list[int]]:
+        """Each batch as it is chosen; what leaves with it leaves after it."""
+        while not self.admission.is_over:
+            if self.draw.random() < self.share_ended:
+                self.end()
+            ids = self.admission.start()
+            assert not set(ids) & (self.running.keys() | self.finished | self.trained.keys() | self.dropped | self.left)
+            self.again -= set(ids)
+            self.started |= dict.fromkeys(ids, self.version)
+            self.running |= {i: self.draw.choice([1, self.draw.randint(1, 60)]) for i in ids}
+            assert len(self.running) <= self.most_running
+            batch = self.admission.choose(self.finished)
+            if batch is None:
+                self.wait()
+                continue
+            yield batch
+            self.trained.update(batch)
+            self.left |= set(self.admission.leaving)
+            self.finished -= self.left
+            self.since_push += 1
+            if self.since_push == self.batches_per_version:
+                self.push()
+
+    def end(self) -> None:
+        """The process is killed, and its run resumed: what was not trained on is lost, and weights are pushed."""
+        state = self.admission.state
+        unused = self.finished - self.trained.keys() - self.expired(self.admission)
+        assert set(state["again"]) == self.running.keys() | unused | self.again
+        self.admission = self.make()
+        self.admission.restore(**state)
+        self.running, self.finished, self.again = {}, set(), set(state["again"])
+        if self.since_push:
+            self.push()
+
+    def wait(self) -> None:
+        """Until the soonest of what runs is finished, or dropped."""
+        assert self.running, "only something that still runs can be waited for: else it would block for ever"
+        soonest = min(self.running.values())
+        self.running = {i: left - soonest for i, left in self.running.items()}
+        for i in [i for i, left in self.running.items() if left <= 0]:
+            del self.running[i]
+            if self.draw.random() < self.share_dropped:
+                self.dropped.add(i)
+                self.admission.drop([i])
+            else:
+                self.finished.add(i)
+
+    def push(self) -> None:
+        self.version, self.since_push = self.version + 1, 0
+        self.admission.pushed()
+
+
 @pytest.mark.parametrize("seed", range(400))
 def test_nothing_older_than_the_bound_is_trained_on_nothing_is_lost_and_nothing_blocks(seed):
-    """Random durations, pushes on time, processes that end at any batch, and groups that are dropped."""
     draw = random.Random(seed)
     batches_per_version, max_staleness = draw.randint(1, 4), draw.randint(0, 4)
     size, batches = draw.randint(1, 4), draw.randint(1, 25)
     room = draw.choice([None, None, size, 3 * size])
-    share_dropped, share_ended = draw.choice([0.0, 0.0, 0.3]), draw.choice([0.0, 0.1])
-    settings = size, size * batches, max_staleness, batches_per_version, room
-    admission = Admission(*settings)
-    version, since_push = 0, 0
-    started: dict[int, int] = {}  # version
-    running: dict[int, int] = {}  # time left
-    finished, trained, dropped = set(), [], set()
-    while not admission.is_over:
-        if draw.random() < share_ended:  # killed, and resumed: what was not trained on is lost, and weights are pushed
-            state, admission = admission.state, Admission(*settings)
-            admission.restore(**state)
-            assert set(state["again"]) == running.keys() | finished
-            running, finished = {}, set()
-            if since_push:
-                version, since_push = version + 1, 0
-                admission.pushed()
-        ids = admission.start()
-        assert not set(ids) & (running.keys() | finished | set(trained) | dropped)
-        started |= dict.fromkeys(ids, version)
-        running |= {i: draw.choice([1, draw.randint(1, 60)]) for i in ids}
-        batch = admission.choose(finished)
-        if batch is None:
-            assert running, "only something that still runs can be waited for: else it would block for ever"
-            soonest = min(running.values())
-            running = {i: left - soonest for i, left in running.items()}
-            for i in [i for i, left in running.items() if left <= 0]:
-                del running[i]
-                if draw.random() < share_dropped:
-                    dropped.add(i)
-                    admission.drop([i])
-                else:
-                    finished.add(i)
-            continue
+    play = Play(
+        draw,
+        make=lambda: Admission(size, size * batches, max_staleness, batches_per_version, room),
+        batches_per_version=batches_per_version,
+        most_running=room or math.inf,
+    )
+    for batch in play.batches():
         assert len(batch) == size
-        finished -= set(batch)
-        assert all(version - started[i] <= max_staleness for i in batch)
-        trained += batch
-        since_push += 1
-        if since_push == batches_per_version:
-            version, since_push = version + 1, 0
-            admission.pushed()
-    assert len(trained) == len(set(trained)) == size * batches
-    if not dropped:
-        assert sorted(trained) == list(range(size * batches))
+        assert all(play.version - play.started[i] <= max_staleness for i in batch)
+    assert len(play.trained) == play.trained.total() == size * batches
+    if not play.dropped:
+        assert sorted(play.trained) == list(range(size * batches))
 
 
 def uniform(**changes) -> UniformAdmission:
@@ -223,60 +268,30 @@ def test_draws_depend_on_the_seed_and_the_batch_alone():
 
 @pytest.mark.parametrize("seed", range(300))
 def test_a_uniform_draw_has_nothing_older_than_the_bound_loses_no_prompt_and_blocks_never(seed):
-    """As above: random durations, pushes, ends and drops; and every group could be drawn, however long it took."""
+    """And every group could be drawn, however long it took."""
     draw = random.Random(seed)
     batches_per_version, max_staleness, size = draw.randint(1, 3), draw.randint(1, 4), draw.randint(1, 4)
     batches, most_running = draw.randint(1, 30), size + draw.randint(0, 12)
     capacity = draw.choice([10_000, size, 2 * size])
-    share_dropped, share_ended = draw.choice([0.0, 0.0, 0.3]), draw.choice([0.0, 0.1])
     settings = size, size * batches, max_staleness, batches_per_version, most_running, capacity, seed
-    admission = UniformAdmission(*settings)
-    version, since_push = 0, 0
-    started, running, finished = {}, {}, set()
-    again, could_be_drawn, trained, dropped, expired = set(), set(), Counter(), set(), set()
-    while not admission.is_over:
-        if draw.random() < share_ended:
-            state, unused = admission.state, {i for i in finished if i not in trained} - set(admission.expired)
-            assert set(state["again"]) == running.keys() | unused | again
-            admission = UniformAdmission(*settings)
-            admission.restore(**state)
-            running, finished, again = {}, set(), set(state["again"])
-            if since_push:
-                version, since_push = version + 1, 0
-                admission.pushed()
-        ids = admission.start()
-        assert not set(ids) & (running.keys() | finished | dropped | expired | set(trained))
-        again -= set(ids)
-        started |= dict.fromkeys(ids, version)
-        running |= {i: draw.choice([1, draw.randint(1, 60)]) for i in ids}
-        assert len(running) <= most_running
-        batch = admission.choose(finished)
-        if batch is None:
-            assert running, "only something that still runs can be waited for: else it would block for ever"
-            soonest = min(running.values())
-            running = {i: left - soonest for i, left in running.items()}
-            for i in [i for i, left in running.items() if left <= 0]:
-                del running[i]
-                if draw.random() < share_dropped:
-                    dropped.add(i)
-                    admission.drop([i])
-                else:
-                    finished.add(i)
-            continue
+    play = Play(
+        draw,
+        make=lambda: UniformAdmission(*settings),
+        batches_per_version=batches_per_version,
+        most_running=most_running,
+        expired=lambda admission: set(admission.expired),
+    )
+    could_be_drawn = set()
+    for batch in play.batches():
+        leaving = set(play.admission.leaving)
         assert len(set(batch)) == size
-        assert not set(batch) & set(admission.leaving)
+        assert not set(batch) & leaving
         if capacity == 10_000:
-            assert set(admission.leaving) <= could_be_drawn
-        expired |= set(admission.leaving)
-        finished -= set(admission.leaving)
-        assert all(version - started[i] <= max_staleness for i in finished)
-        assert len(finished) <= capacity
-        could_be_drawn |= finished
-        trained.update(batch)
-        since_push += 1
-        if since_push == batches_per_version:
-            version, since_push = version + 1, 0
-            admission.pushed()
-    assert trained.total() == size * batches
-    if capacity == 10_000 and not dropped | running.keys() | again:
-        assert could_be_drawn == started.keys()
+            assert leaving <= could_be_drawn
+        there = play.finished - leaving
+        assert all(play.version - play.started[i] <= max_staleness for i in there)
+        assert len(there) <= capacity
+        could_be_drawn |= there
+    assert play.trained.total() == size * batches
+    if capacity == 10_000 and not play.dropped | play.running.keys() | play.again:
+        assert could_be_drawn == play.started.keys()

@@ -1,14 +1,24 @@
+import hashlib
+import os
 import random
 import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, replace
 
 import pytest
 import torch
+from filelock import FileLock
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
 from grpo import builtin
 from grpo.builtin import demonstration, make, make_config, make_tokenizer, resolve, supervise
 from grpo.config_sections import EnvConfig
 from grpo.errors import ConfigError
+from grpo.preemption import Preempted, listen
 from grpo.tasks import Problem, encode, load
 from grpo.tasks.arithmetic import question, split_expressions, value
 
@@ -206,3 +216,71 @@ def test_resolve_makes_the_model_once_and_another_recipe_has_another_place(tmp_p
     monkeypatch.setattr(builtin, "Recipe", lambda: QUICK)
     assert resolve("builtin/arithmetic", str(tmp_path), log=lambda line: None) != first
     assert made[1:] == [QUICK]
+
+
+LONG = replace(QUICK, steps=10**6)
+
+
+@pytest.fixture
+def long_warm_up(monkeypatch):
+    monkeypatch.setattr(builtin, "Recipe", lambda: LONG)
+    monkeypatch.setattr(builtin, "TELL_S", 0.2)
+
+
+def interrupt(number: int, lines: list[str], count: int) -> threading.Thread:
+    """Send this process a signal once `count` of `lines` were said."""
+
+    def send() -> None:
+        deadline = time.monotonic() + 60
+        while len(lines) < count and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, Preempted), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_warm_up_says_how_far_it_is_and_ends_at_once_when_it_is_asked_to(tmp_path, long_warm_up, number, error):
+    lines: list[str] = []
+    thread = interrupt(number, lines, count=3)
+    with pytest.raises(error), listen(60, None):
+        resolve("builtin/arithmetic", str(tmp_path), log=lines.append)
+    thread.join()
+    assert 3 <= len(lines) < 10
+    assert lines[0].startswith("Making builtin/arithmetic, in about a minute")
+    steps = [int(re.match(r"  warm-up step (\d+)/1000000  loss \d\.\d{3}  \d+ s$", line)[1]) for line in lines[1:]]
+    assert steps == sorted(set(steps))
+    assert [name for name in file_names(tmp_path) if not name.endswith(".lock")] == []
+    assert not FileLock(next(tmp_path.glob("*.lock"))).is_locked
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, Preempted), (signal.SIGINT, KeyboardInterrupt)])
+def test_one_that_waits_for_another_process_says_so_and_ends_at_once_too(tmp_path, long_warm_up, monkeypatch, number, error):
+    monkeypatch.setattr(builtin, "LOOK_S", 0.1)
+    lock = (
+        "import sys, filelock; held = filelock.FileLock(sys.argv[1]); held.acquire(); print(1, flush=True); sys.stdin.read()"
+    )
+    monkeypatch.setattr(builtin, "make", lambda *_: pytest.fail("another process is at it"))
+    digest = hashlib.sha256(repr(sorted(asdict(LONG).items())).encode()).hexdigest()[:12]
+    path = tmp_path / f"arithmetic-{digest}.lock"
+    command = [sys.executable, "-c", lock, path]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        lines: list[str] = []
+        thread = interrupt(number, lines, count=2)
+        with pytest.raises(error), listen(60, None):
+            resolve("builtin/arithmetic", str(tmp_path), log=lines.append)
+        thread.join()
+        other.stdin.close()
+    assert 2 <= len(lines) < 10
+    for line in lines:
+        assert re.fullmatch(
+            rf"Waiting for another process to make builtin/arithmetic, \d+ s so far \(it holds {path}\)", line
+        )
+
+
+def test_what_it_says_is_no_part_of_a_tools_answer(capsys):
+    builtin.tell("Making it")
+    assert capsys.readouterr() == ("", "Making it\n")

@@ -378,3 +378,28 @@ def test_the_python_interface_that_is_shown_is_there():
     shown = set(re.findall(r"\bgrpo\.([a-zA-Z_]+)\(", text)) | {"UserError"}
     assert shown == set(grpo.PUBLIC)
     assert all(callable(getattr(grpo, name)) for name in grpo.PUBLIC)
+
+
+def test_the_results_that_are_shown_are_those_that_were_measured():
+    results = json.loads((ROOT / "benchmarks" / "results" / "learning.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+
+    def after(found: dict) -> str:
+        low, high = found["interval_95"]
+        return f"{found['accuracy']:.1%} ({100 * low:.1f} to {100 * high:.1f})"
+
+    control, summary = results["control_shuffled_rewards"], results["summary"]
+    mean = {"accuracy": summary["accuracy_after_mean"], "interval_95": summary["accuracy_after_interval_95"]}
+    rows = [(f"seed {run['seed']}", run["eval"]["before"], run["eval"]["after"]) for run in results["runs"]]
+    rows += [
+        ("mean of the three seeds", rows[0][1], mean),
+        ("control: .*", control["eval"]["before"], control["eval"]["after"]),
+    ]
+    for name, before, found in rows:
+        assert re.search(rf"^\| {name} \| {before['accuracy']:.1%} \| {re.escape(after(found))} \|", readme, re.MULTILINE), (
+            name
+        )
+    assert f" | {after(results['ceiling_supervised_right_demonstrations'])} |" in readme
+    (_, before, found), shown = rows[0], re.findall(r"Held-out accuracy on .*", readme)
+    said = f"{before['accuracy']:.1%} before, {found['accuracy']:.1%} after"
+    assert shown == [f"Held-out accuracy on {found['n']} test problems: {said}"]

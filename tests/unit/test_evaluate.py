@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from grpo.builtin import make_tokenizer
+from grpo.comparison import Question
 from grpo.config import RunConfig
 from grpo.errors import ConfigError, DataError, RewardError
-from grpo.evaluate import OWN, SECTIONS, Question, accuracy, configure, fair_sample, judge, read_prompts
+from grpo.evaluate import OWN, SECTIONS, configure, fair_sample, read_prompts
 from grpo.inference import Sampling
 from grpo.launch import compose
+from grpo.measure import accuracy, judge
 from grpo.resume import write_config
 from grpo.rewards import Grade
 from grpo.rollout import Completions

@@ -55,3 +55,17 @@ def test_what_is_compared_is_typed_as_on_the_command_line(monkeypatch):
     monkeypatch.setattr(evaluate, "evaluate", lambda typed: {"typed": typed})
     found = grpo.compare(run="outputs/mine", k=4, **{"env.style": "think"})
     assert found == {"typed": ["run=outputs/mine", "k=4", "env.style=think"]}
+
+
+def test_a_program_that_is_asked_to_end_says_in_one_line_how_its_run_goes_on(tmp_path, monkeypatch, capsys):
+    def main(config, run_dir):
+        stop = grpo.Preempted("SIGTERM")
+        stop.saved = "checkpoint_000002"
+        raise stop
+
+    monkeypatch.setattr("grpo_sync.main", main)
+    with pytest.raises(SystemExit) as ended:
+        grpo.train(grpo.compose("grpo_arithmetic"), tmp_path / "run")
+    assert isinstance(ended.value, grpo.Preempted) and ended.value.code == 75
+    again = f"grpo.resume_run('{tmp_path}/run')"
+    assert capsys.readouterr().err == f"Ended by SIGTERM after saving checkpoint_000002; it goes on with {again}\n"

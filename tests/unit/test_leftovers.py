@@ -5,10 +5,12 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 
 import pytest
 
-from grpo import leftovers
+from grpo import cluster, leftovers
+from grpo.config_sections import RayConfig
 from grpo.leftovers import MARK, claim_segments, clean, identity, is_gone, marked, segment_prefix
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="processes are looked for in /proc")
@@ -125,3 +127,13 @@ def test_segments_that_a_process_has_mapped_are_listed(shared_memory, monkeypatc
     process.wait()
     (list_of_them,) = shared_memory.glob("grpo-*")
     assert list_of_them.read_text() == "psm_mapped"
+
+
+def test_what_was_left_is_removed_by_a_run_that_starts_and_not_by_one_that_is_refused(gone, shared_memory, monkeypatch):
+    left = shared_memory / f"grpo-{gone}-weights-abc"
+    left.write_text("")
+    with marked():  # in which a run finds out that it cannot begin
+        assert left.exists()
+    monkeypatch.setattr(cluster, "_start_own", lambda *_: None)
+    cluster.start_ray(RayConfig(), 1, ExitStack())
+    assert not left.exists()

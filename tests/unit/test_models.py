@@ -7,7 +7,6 @@ from grpo.builtin import make_config, make_tokenizer
 from grpo.errors import ConfigError
 from grpo.models import (
     _LogProbsAndEntropy,
-    check_files,
     checkpoint_gradients,
     full_parameters,
     last_states,
@@ -19,6 +18,7 @@ from grpo.models import (
     score_with_states,
     token_log_probs,
 )
+from grpo.sources import check_files
 
 from .conftest import CPU, TINY, ragged_rollouts
 

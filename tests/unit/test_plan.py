@@ -39,7 +39,8 @@ def test_the_description_says_what_a_dry_run_promises():
     ):
         assert part in text
     config = compose("grpo_arithmetic", [CPU, "train.sync_iter=true"])
-    assert "at most 0 policy versions" in make_plan(config).describe(config)
+    text = make_plan(config).describe(config)
+    assert "at most 0 policy versions" in text and "responses, each trained on once\n" in text
 
 
 def test_memory_is_estimated_a_role():

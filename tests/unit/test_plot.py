@@ -6,6 +6,7 @@ from pathlib import Path
 
 import matplotlib
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from grpo import plot, tool
@@ -178,3 +179,12 @@ def test_the_notebook_collects_the_runs_into_a_table_and_draws_them(tmp_path, mo
     assert len(names["chosen"]) == 2
     assert names["axes"].get_ylabel() == "held-out accuracy"
     plt.close("all")
+
+
+def test_small_values_are_written_out_and_no_factor_lies_on_the_title(tmp_path):
+    figure = Figure(layout="constrained")
+    plot.draw(figure, plot.read([write_run(tmp_path / "run", more={"train/kl_to_reference": 2e-5})]))
+    FigureCanvasAgg(figure).draw()
+    shown = {axes.get_title(loc="left"): axes.yaxis for axes in figure.axes}
+    assert {axis.get_offset_text().get_text() for axis in shown.values()} == {""}
+    assert shown["KL to the reference"].get_ticklabels()[1].get_text() == "0.00002"

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from grpo.preemption import REQUEST, GraceOver, Preempted, listen, saved_in_time
+from grpo.preemption import REQUEST, GraceOver, Preempted, at_once, listen, saved_in_time
 
 
 def wait_for(condition, timeout_s: float = 5.0) -> None:
@@ -97,3 +97,37 @@ def test_a_forked_child_ends_as_it_would_have():
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20)
     assert ended.stdout.strip() == str(int(signal.SIGTERM)), ended.stderr
+
+
+@pytest.mark.parametrize("clock", [None, 0.1])
+def test_while_there_is_nothing_to_save_a_request_ends_what_goes_on(clock):
+    start = time.monotonic()
+    with pytest.raises(Preempted) as ended, listen(60, clock), at_once():
+        if clock is None:
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+    assert time.monotonic() - start < 5
+    assert str(ended.value) == ("SIGTERM" if clock is None else "train.max_wall_time")
+
+
+def test_a_request_of_before_is_answered_too_and_of_later_waits_again():
+    with listen(60, None):
+        with at_once():
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_for(lambda: REQUEST.reason is not None)
+        with pytest.raises(Preempted), at_once():
+            raise AssertionError("it is not begun")
+
+
+def test_a_program_that_does_not_catch_it_ends_as_the_scripts_do():
+    code = "from grpo.preemption import Preempted\nraise Preempted('SIGTERM')"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20)
+    assert (ended.returncode, ended.stderr) == (75, "")
+
+
+def test_it_says_how_the_run_goes_on_if_there_is_one():
+    stop = Preempted("SIGUSR1")
+    assert stop.told("x") == "Ended by SIGUSR1 before there was anything to save: start it again as it was started"
+    stop.saved = "checkpoint_000004"
+    assert stop.told("python x.py") == "Ended by SIGUSR1 after saving checkpoint_000004; it goes on with python x.py"

@@ -1,0 +1,121 @@
+"""How good a model is: what it is asked, and how its answers are judged. What is made of that is grpo/comparison.py's.
+
+An evaluation within a run asks the engines that it has (`accuracy`); python -m grpo.evaluate starts one a model (`ask`).
+"""
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerBase
+
+from grpo import builtin, plan, tasks
+from grpo.comparison import Answers, Question
+from grpo.config import RunConfig
+from grpo.errors import DataError, RewardError
+from grpo.grading import GradingPool
+from grpo.inference import Sampling, engine_spec
+from grpo.models import load_tokenizer, read_config
+from grpo.rewards import Grade
+from grpo.rollout import Completions, GroupRecord
+from grpo.standalone import Part, sample
+
+if TYPE_CHECKING:
+    from grpo.pools import EnginePool
+
+
+def greedy(max_tokens: int) -> Part:
+    """One response a prompt, with nothing drawn."""
+    return Part(Sampling(num_responses=1, max_tokens=max_tokens, temperature=0.0), seed=0)
+
+
+def parts(config: RunConfig, k: int) -> list[Part]:
+    """What a model is asked for: greedy responses, then k samples a prompt as training draws them."""
+    inference = config.inference_model
+    sampling = Sampling(k, inference.max_tokens, inference.temperature, inference.top_p)
+    return [greedy(inference.max_tokens), *([Part(sampling, config.seed)] if k else [])]
+
+
+def accuracy(
+    engines: "EnginePool",
+    grading: GradingPool,
+    data: tasks.EncodedProblems,
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
+    seed: int | None = 0,
+) -> dict[str, float]:
+    """{"accuracy": share of right answers in [0, 1], "n": problems graded} of the weights that a run's engines have.
+
+    Problems whose grading failed or took too long are told, and counted as "ungraded" where there are any; raises
+    RewardError where there is no other. Greedy, so nothing is drawn; training reseeds the engines for every collection, so
+    its stream stays as it was.
+    """
+    completions = engines.generate(data.prompts, greedy(max_tokens).sampling, seed)
+    texts = tokenizer.batch_decode(completions.responses(), skip_special_tokens=True)
+    grades = grading.grade(data.problems, texts)
+    right = [grade.correct for grade in grades if grade.is_verdict]
+    found = {"ungraded": len(grades) - len(right)} if len(right) < len(grades) else {}
+    if found:
+        note, _ = Counter(grade.note for grade in grades if not grade.is_verdict).most_common(1)[0]
+        lost = f"{found['ungraded']} of {len(grades)} greedy responses could not be graded: {note}"
+        if not right:
+            raise RewardError(f"{lost}; there is no accuracy without a verdict")
+        print(f"Warning: {lost}; the accuracy is that of the other {len(right)}", flush=True)
+    return {"accuracy": sum(right) / len(right), "n": len(right)} | found
+
+
+def ask(
+    config: RunConfig, models: dict[str, str], questions: list[Question], task: tasks.Task, pool: GradingPool, k: int
+) -> tuple[list[Question], dict[str, Answers]]:
+    """The questions that are not longer than env.max_prompt_length for any model, and each model's answers to them."""
+    device, limit = plan.resolve_device(config.device), config.env.max_prompt_length
+    encoded = {}
+    for name, model in models.items():
+        path = builtin.resolve(model, config.model.cache_dir)
+        plan.check_positions(config, read_config(path))
+        tokenizer = load_tokenizer(path)
+        encoded[name] = path, tokenizer, [tasks.encode(question.problem, task, tokenizer) for question in questions]
+    kept = [i for i in range(len(questions)) if all(len(prompts[i]) <= limit for _, _, prompts in encoded.values())]
+    if not kept:
+        raise DataError(f"all {len(questions)} prompts are longer than env.max_prompt_length ({limit}): raise it")
+    questions, answers = [questions[i] for i in kept], {}
+    for name, (path, tokenizer, prompts) in encoded.items():
+        print(f"Asking {models[name]}", flush=True)
+        spec = engine_spec(config, path, device)
+        completions = sample(
+            spec, [prompts[i] for i in kept], parts(config, k), config.ray.start_timeout_s, config.ray.timeout_s
+        )
+        texts = [tokenizer.batch_decode(its.responses(), skip_special_tokens=True) for its in completions]
+        answers[name] = judge(questions, completions[0], *texts, pool=pool)
+    return questions, answers
+
+
+def judge(
+    questions: list[Question], completions: Completions, texts: list[str], sampled: list[str] = (), *, pool: GradingPool
+) -> Answers:
+    """The verdicts on the greedy `texts` of `completions`, and on the texts `sampled`, k a question."""
+    mine = [i for i, question in enumerate(questions) if question.graded]
+    problems = [questions[i].problem for i in mine]
+    grades: list[Grade | None] = [None] * len(questions)
+    samples: list[list[Grade]] = [[] for _ in questions]
+    for i, (grade,) in zip(mine, graded(pool, problems, [[texts[i]] for i in mine]), strict=True):
+        grades[i] = grade
+    k = len(sampled) // len(questions)
+    if k:
+        for i, group in zip(mine, graded(pool, problems, [sampled[i * k : (i + 1) * k] for i in mine]), strict=True):
+            samples[i] = group
+    return Answers(texts, completions.length.tolist(), completions.stopped.tolist(), grades, samples)
+
+
+def graded(pool: GradingPool, problems: list[tasks.Problem], responses: list[list[str]]) -> list[list[Grade]]:
+    """The verdicts on each problem's responses; with a user's function its rewards, a call a problem."""
+    asked = [problem for problem, texts in zip(problems, responses, strict=True) for _ in texts]
+    grades = iter(pool.grade(asked, [text for texts in responses for text in texts]))
+    groups = [
+        GroupRecord(problem.question, problem.answer, texts, [next(grades) for _ in texts])
+        for problem, texts in zip(problems, responses, strict=True)
+    ]
+    if pool.reward_function is not None:
+        from grpo.collect import rewarded  # here: it imports TorchRL
+
+        groups = rewarded(groups, pool)
+    return [group.grades for group in groups]
