@@ -57,15 +57,16 @@ def test_a_run_that_is_killed_while_its_engine_sleeps_goes_on_exactly(run_sync, 
 
 
 @pytest.mark.slow
-def test_engines_that_die_asleep_and_awake_come_back_beside_the_others(run_sync, tmp_path, monkeypatch):
+def test_engines_that_die_asleep_and_awake_and_a_reference_come_back_beside_the_others(run_sync, tmp_path, monkeypatch):
     settings = [*STEPS, TRANSFORMERS, "inference_model.num_devices=2"]
     expected = run_sync(*settings)
-    asleep, awake = (Fault(phase, 2, "inference", signal.SIGKILL) for phase in ("train", "generate"))
-    Faults([asleep, awake]).install(monkeypatch)
+    moments = ("train", 2, "inference"), ("generate", 2, "inference"), ("train", 6, "reference")  # the first of them asleep
+    faults = [Fault(*moment, signal.SIGKILL) for moment in moments]
+    Faults(faults).install(monkeypatch)
     grpo_sync.main(compose("grpo_arithmetic", [*SMALL, *settings, COLOCATE]), tmp_path)
     check_same(Finished(tmp_path), expected)
-    assert Finished(tmp_path).summary["restarts"] == {"inference": 2}
-    assert asleep.struck_s is not None and awake.struck_s is not None
+    assert Finished(tmp_path).summary["restarts"] == {"inference": 2, "reference": 1}
+    assert all(fault.struck_s is not None for fault in faults)
 
 
 @pytest.fixture(scope="module")
@@ -85,12 +86,12 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def large() -> Qwen2ForCausalLM:
-    """Random weights of 190 MB, tied: enough to tell them from what else a process holds."""
+    """Random weights of 80 MiB, tied: enough to tell them from what else a process holds."""
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(
         Qwen2Config(
             hidden_size=512,
-            num_hidden_layers=12,
+            num_hidden_layers=4,
             num_attention_heads=8,
             num_key_value_heads=4,
             intermediate_size=1664,
@@ -129,16 +130,18 @@ def test_an_engine_that_sleeps_gives_its_memory_back_and_a_push_wakes_it(cluster
         return own_memory(pid)
 
     weights = sum(parameter.numel() * 4 for parameter in large.parameters())
-    assert 180 * MB < weights < 200 * MB
-    awake, before = push(1), ask("log_probs", [5, 6, 7, 8])
-    for _ in range(2):  # asleep it stays so
-        ask("sleep")
-        assert awake - own_memory(pid) > 0.95 * weights
-    for refused in (("generate", requests, 0), ("log_probs", [5, 6, 7, 8])):
-        with pytest.raises(AssertionError, match="an engine that sleeps has no weights"):
-            ask(*refused)
-    for version in (2, 3):  # the first wakes it, the second finds it awake
+    assert weights > 80 * MB
+    push(1)
+    before, awake = ask("log_probs", [5, 6, 7, 8]), own_memory(pid)
+    for version in (2, 3):  # its weights lie where it loaded them, and then where a push put them
+        for _ in range(2):  # asleep it stays so
+            ask("sleep")
+            assert awake - own_memory(pid) > 0.95 * weights
+        for refused in (("generate", requests, 0), ("log_probs", [5, 6, 7, 8])):
+            with pytest.raises(AssertionError, match="an engine that sleeps has no weights"):
+                ask(*refused)
         assert abs(push(version) - awake) < 0.1 * weights
+    assert abs(push(4) - awake) < 0.1 * weights  # which finds it awake
     assert ask("log_probs", [5, 6, 7, 8]).tolist() == before.tolist()
     ray.kill(engine)
 
@@ -173,7 +176,7 @@ def test_an_engine_on_a_gpu_sleeps_and_holds_the_next_push(cluster, large, tmp_p
     for _ in range(2):
         free = torch.cuda.mem_get_info()[0]
         turns.sleep()
-        assert torch.cuda.mem_get_info()[0] - free > 90 * MB  # the weights, and vLLM's cache
+        assert torch.cuda.mem_get_info()[0] - free > 40 * MB  # the weights, in vLLM of 2 bytes, and its cache
         assert parts.probe(parts.train_and_push()) < PROBE_TOLERANCE["bfloat16"]
 
 
