@@ -18,7 +18,7 @@ from grpo.config_sections import RayConfig
 from grpo.errors import ActorError, ConfigError
 from grpo.nodes import Node, find_address, join_cluster, missing, node_resource, worker_environment
 from grpo.pools import named
-from grpo.preemption import REQUEST, take_signals
+from grpo.preemption import REQUEST, deferred_interrupt, take_signals
 from grpo.remote import HEARTBEATS, get, get_all
 
 END_S = 1.0  # that Ray's processes have to end by themselves
@@ -41,7 +41,7 @@ def start_ray(config: RayConfig, num_processes: int, closing: ExitStack) -> None
 
 def _start_own(config: RayConfig, num_processes: int, closing: ExitStack) -> None:
     others = set(psutil.Process().children())
-    with _on_loopback():
+    with deferred_interrupt(), _on_loopback():
         ray.init(
             address="local",
             num_cpus=num_processes,
@@ -52,7 +52,7 @@ def _start_own(config: RayConfig, num_processes: int, closing: ExitStack) -> Non
             logging_level="error",
             runtime_env={"env_vars": worker_environment()},
         )
-    closing.callback(_end_ray, [child for child in psutil.Process().children() if child not in others])
+        closing.callback(_end_ray, [child for child in psutil.Process().children() if child not in others])
 
 
 @contextmanager

@@ -6,10 +6,9 @@ ends in one line, in a second or two, with nothing started and nothing written.
 
 import importlib
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -25,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from grpo.config import RunConfig, check_keys, from_dictconfig, known_keys, readable
 from grpo.errors import ConfigError, UserError, one_line
 from grpo.offline_config import OfflineConfig
-from grpo.preemption import GraceOver, Preempted
+from grpo.preemption import GraceOver, Preempted, deferred_interrupt
 from grpo.resume import Config, find_run, key_value, resumed_config
 from grpo.sweep import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PREEMPTED, add_override, jobs, parse_override, sweep, varying
 
@@ -61,22 +60,6 @@ def compose(config_name: str, overrides: Sequence[str] = (), cls: type[Config] =
             return from_dictconfig(hydra.compose(config_name, overrides=list(overrides)))
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(readable(error)) from None
-
-
-@contextmanager
-def deferred_interrupt() -> Iterator[None]:
-    """Hold Ctrl-C back for the seconds in which libraries are imported and Hydra composes.
-
-    There it would be lost in somebody's bare except, or crash an extension module.
-    """
-    pending: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: pending.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if pending:
-        raise KeyboardInterrupt
 
 
 def launch(mode: str, default_config: str, main: Callable[[Config, Path], None]) -> None:

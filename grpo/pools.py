@@ -78,9 +78,10 @@ class EnginePool:
             return False
         return True
 
-    def check(self) -> None:
-        """Have back what has died."""
-        get_all(self._all("weights_dtype"), self.timeout_s, "telling whether it is there", again=self.again("weights_dtype"))
+    def ask(self, method: str, doing: str, can_be_left: bool = False) -> list:
+        """What every engine answers; one that has died is brought back and asked again, or left out."""
+        calls = self._all(method)
+        return get_all(calls, self.timeout_s, doing, can_be_left=can_be_left, again=self.again(method))
 
     def submit(self, ids: list[int], prompts: list[list[int]], sampling: Sampling, seed: int) -> None:
         """Have the engines respond to `prompts`, each at the engine that has least to do; collectors take the responses.
@@ -104,22 +105,6 @@ class EnginePool:
         """The engines are done with these prompts."""
         for i in ids:
             self.running.pop(i, None)  # one that was sampled again comes twice
-
-    def holding(self) -> dict[str, ObjectRef]:
-        """The ids of the prompts that each engine has."""
-        return self._all("holding")
-
-    def hold_nothing(self) -> dict[str, ObjectRef]:
-        """Have every engine give up what it was given and has not begun."""
-        return self._all("hold_nothing")
-
-    def busy(self) -> dict[str, ObjectRef]:
-        """Seconds that each engine has spent sampling."""
-        return self._all("busy")
-
-    def drain(self) -> dict[str, ObjectRef]:
-        """Have every engine end what runs."""
-        return self._all("drain")
 
     def generate(self, prompts: list[list[int]], sampling: Sampling, seed: int | None) -> Completions:
         """Responses to `prompts`, in their order, K together; the same seed and weights give the same responses.

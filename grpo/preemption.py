@@ -92,6 +92,22 @@ def listen(grace_s: float, max_wall_time: float | None) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def deferred_interrupt() -> Iterator[None]:
+    """Hold Ctrl-C back for the seconds in which libraries are imported, Hydra composes, or Ray starts.
+
+    There it would be lost in somebody's bare except, crash an extension module, or leave a Ray behind that nobody knows of.
+    """
+    pending: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: pending.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pending:
+        raise KeyboardInterrupt
+
+
 def take_signals() -> dict[int, object]:
     """Take the signals that `listen` listens to, again where Ray took them for itself; returns what had them."""
     return {number: signal.signal(number, handler) for number, handler in REQUEST.handlers.items()}

@@ -127,10 +127,10 @@ class AsyncRun(Run):
         """Have back what has died, and sample again what it had in hand."""
         if not self.supervisor.take_fallen():
             return
-        self.engines.check()
+        self.engines.ask("weights_dtype", "telling whether it is there")  # which one that was just started again cannot
         # In the order of the way from prompt to buffer, so that what moves on meanwhile is seen.
         timeout_s, doing = self.config.ray.timeout_s, "telling what it has"
-        holding = get_all(self.engines.holding(), timeout_s, doing, again=self.engines.again("holding"))
+        holding = self.engines.ask("holding", doing)
         collectors = {name: actor.holding.remote() for name, actor in self.collectors.items()}
         holding += get_all(collectors, timeout_s, doing, again=lambda name, error: None)  # what it had is lost
         self._look()
@@ -151,9 +151,7 @@ class AsyncRun(Run):
         """
         if self.config.train.drain_before_push:
             with self.clock.phase("wait"):
-                doing = "ending what runs before a push"
-                again = self.engines.again("drain")
-                get_all(self.engines.drain(), self.config.ray.timeout_s, doing, can_be_left=True, again=again)
+                self.engines.ask("drain", "ending what runs before a push", can_be_left=True)
         super().push_weights()
 
     def _pushed(self) -> None:
@@ -161,21 +159,21 @@ class AsyncRun(Run):
 
     def evaluate(self, split: str) -> dict[str, float]:
         """As in sync mode, beside what the engines are at; their time meanwhile is no part of training's account."""
-        before = self._ask(self.engines.busy(), "telling its time")
+        before = self.engines.ask("busy", "telling its time")
         found = super().evaluate(split)
-        after = self._ask(self.engines.busy(), "telling its time")
+        after = self.engines.ask("busy", "telling its time")
         self.evaluating_s += sum(after) - sum(before)
         return found
 
     def finish(self) -> None:
         if self.progress.steps_since_push:
             self.push_weights()
-        self._ask(self.engines.hold_nothing(), "giving up what it has not begun")
+        self.engines.ask("hold_nothing", "giving up what it has not begun")
         self._ask({name: actor.end.remote() for name, actor in self.collectors.items()}, "ending")
         super().finish()
 
     def _account(self, summary: dict) -> dict:
-        engines = self._ask(self.engines.busy(), "telling its time")
+        engines = self.engines.ask("busy", "telling its time")
         phases = self._ask({name: actor.phases.remote() for name, actor in self.collectors.items()}, "telling its time")
         for name in ("reward", "reference"):
             summary["phases_s"][name] = round(sum(phase[name] for phase in phases), 3)

@@ -167,7 +167,7 @@ class Supervisor:
             print(f"Warning: {why}; it is started again{where} (restart {count} of at most {self.most})", file=sys.stderr)
 
     def take_fallen(self) -> set[str]:
-        """The actors that Ray has started again since the last call, by their names."""
+        """The actors that have died since the last call, by their names; Ray may have started them again."""
         fallen, self.fallen = self.fallen, set()
         return fallen
 
@@ -175,7 +175,7 @@ class Supervisor:
     def watching(self, actors: dict[str, ActorHandle]) -> Iterator[None]:
         """Have these actors, by their names, asked for heartbeats meanwhile."""
         self.watched, self.fallen = actors, set()
-        watch = Watch(actors, self.config.heartbeat_timeout_s, self._heard_of_restart)
+        watch = Watch(actors, self.config.heartbeat_timeout_s, self._heard_of_death)
         thread = threading.Thread(target=watch.run, name="watch", daemon=True)
         thread.start()
         try:
@@ -187,7 +187,7 @@ class Supervisor:
             self.watched = {}
             self.counts.update({name: count - self.counts[name] for name, count in counts.items() if count})
 
-    def _heard_of_restart(self, name: str) -> None:
+    def _heard_of_death(self, name: str) -> None:
         self.fallen.add(name)
         self.tell(name, f"{name} died")
 
@@ -211,11 +211,11 @@ class Watched:
 class Watch:
     """Kills the process of an actor that does not answer for `timeout_s` seconds, so that every wait for it ends.
 
-    `restarted` is called with the name of one that answers from another process than before.
+    `died` is called with the name of one that is gone, or answers from another process than before.
     """
 
-    def __init__(self, actors: dict[str, ActorHandle], timeout_s: float, restarted: Callable[[str], None]) -> None:
-        self.timeout_s, self.interval_s, self.restarted = timeout_s, min(2.0, timeout_s / 8), restarted
+    def __init__(self, actors: dict[str, ActorHandle], timeout_s: float, died: Callable[[str], None]) -> None:
+        self.timeout_s, self.interval_s, self.died = timeout_s, min(2.0, timeout_s / 8), died
         self.watched = {name: Watched(actor, ask(actor)) for name, actor in actors.items()}
         self.ended = threading.Event()
 
@@ -247,9 +247,10 @@ class Watch:
             return
         except RayActorError:
             del self.watched[name]  # whoever calls it is told so
+            self.died(name)  # and what it had in hand is nobody's
             return
         if watched.pid not in (None, pid):
-            self.restarted(name)
+            self.died(name)
         watched.pid, watched.pid_here = pid, pid if node == ray.get_runtime_context().get_node_id() else None
         watched.call = ask(watched.actor)
 

@@ -98,6 +98,7 @@ def test_a_run_that_was_asked_to_end_goes_on_and_each_prompt_is_trained_on_once(
         assert 0 <= version - min(line["token_versions"]) <= 1
 
 
+@pytest.mark.slow
 def test_a_prompt_is_trained_on_once_however_long_its_responses_are(model_path, tmp_path):
     """What an engine has finished is compared with what was trained on, with a bound that stragglers run into."""
 
@@ -134,6 +135,7 @@ def test_a_prompt_is_trained_on_once_however_long_its_responses_are(model_path, 
     assert any(len(set(line["token_versions"])) == 2 for line in run.rollouts), "no response lived through a push"
 
 
+@pytest.mark.slow
 def test_a_uniform_draw_reuses_groups_within_the_bound_and_goes_on_with_what_was_never_drawn(tmp_path, monkeypatch):
     settings = "train.replay=uniform", "train.max_staleness=2", "train.eval_frequency=0"
     config = compose("grpo_arithmetic", [*SMALL, *ASYNC, TRANSFORMERS, *settings])
@@ -183,6 +185,7 @@ def test_two_ranks_two_engines_and_a_reference(run_async):
     assert run.metrics[-1]["train/kl_to_reference"] > 0
 
 
+@pytest.mark.slow
 def test_groups_without_advantage_are_sampled_anew_in_both_modes(run_async, run_sync):
     for run in (
         run_async(TRANSFORMERS, "train.skip_zero_advantage=true"),
@@ -197,6 +200,7 @@ def test_groups_without_advantage_are_sampled_anew_in_both_modes(run_async, run_
         assert len(groups) == 8 * len(run.metrics)
 
 
+@pytest.mark.slow
 def test_groups_that_are_all_alike_end_the_run(run_async, tmp_path):
     (tmp_path / "rewards.py").write_text("def same(prompts, responses, answers):\n    return [1.0 for _ in responses]\n")
     with pytest.raises(TrainingError, match=r"groups in a row had equal rewards.*raise env.repeats"):

@@ -43,6 +43,7 @@ def test_a_preset_moves_the_weights_and_its_metrics_are_finite(run_sync, model_p
         assert run.metrics[1]["train/clip_fraction"] > 0.1
 
 
+@pytest.mark.slow
 def test_the_reference_says_how_far_hidden_states_have_moved(run_sync):
     run = run_sync(TRANSFORMERS, "objective=ot", TWO_BATCHES)
     moved = [row["train/transport"] for row in run.metrics]
@@ -108,6 +109,7 @@ def test_a_run_that_goes_on_within_a_collection_keeps_its_anchor(run_sync, tmp_p
     assert state["steps"] == 6
 
 
+@pytest.mark.slow
 def test_advantages_follow_the_baseline_and_the_scale(run_sync):
     lines = run_sync(TRANSFORMERS, "objective=rloo", TWO_BATCHES, "train.kl_to_ref_coeff=0").rollouts
     groups: dict[int, list[dict]] = {}

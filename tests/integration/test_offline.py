@@ -93,6 +93,7 @@ def gpt2_path(tmp_path_factory) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_a_gpt2_without_a_pad_token_trains_adapters_and_goes_on_with_them(gpt2_path, scored, tmp_path):
     gpt2 = [f"model.name={gpt2_path}", "optimizer.lr=1e-2", "batch_size=8", "num_epochs=4", "eval_share=0.2"]
     first = run_offline(tmp_path / "a", scored, *gpt2, "train_model.lora.enabled=true", "train_model.lora.r=4")

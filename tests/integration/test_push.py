@@ -108,7 +108,7 @@ class ForgetfulEngine(BreakableEngine):
         return await super().update_weights(version)
 
 
-@pytest.mark.parametrize("backend", ["vllm", "transformers"])
+@pytest.mark.parametrize("backend", ["vllm", pytest.param("transformers", marks=pytest.mark.slow)])
 def test_a_run_whose_engine_stops_applying_pushes_ends_with_its_name(model_path, tmp_path, monkeypatch, backend):
     monkeypatch.setattr(grpo_utils, "InferenceActor", ForgetfulEngine)
     config = compose("grpo_arithmetic", [*SMALL, f"inference_model.backend={backend}"])
@@ -187,9 +187,14 @@ def pair(
     return Pair(*pools, push, ragged_batch(model), count(1))
 
 
-@pytest.mark.parametrize("backend", ["vllm", "transformers"])
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+# Any two of them together; the other four are slow.
+COMBINATIONS = [("vllm", True, False), ("vllm", False, True), ("transformers", True, True), ("transformers", False, False)]
+COMBINATIONS += [
+    pytest.param(backend, tied, not lora, marks=pytest.mark.slow) for backend, tied, lora in tuple(COMBINATIONS)
+]
+
+
+@pytest.mark.parametrize(("backend", "tied", "lora"), COMBINATIONS)
 def test_good_pushes_pass_and_each_broken_one_is_named(cluster, model_path, untied_path, backend, tied, lora):
     parts = pair(model_path if tied else untied_path, backend, lora=lora)
     trainer = parts.trainer.actors[0]
@@ -224,7 +229,7 @@ def test_good_pushes_pass_and_each_broken_one_is_named(cluster, model_path, unti
     parts.close()
 
 
-@pytest.mark.parametrize("backend", ["vllm", "transformers"])
+@pytest.mark.parametrize("backend", ["vllm", pytest.param("transformers", marks=pytest.mark.slow)])
 def test_two_engines_are_pushed_to_over_gloo_and_the_broken_one_is_named(cluster, model_path, monkeypatch, backend):
     parts = pair(model_path, backend, "gloo", engines=2)
     for _ in range(2):
@@ -238,7 +243,7 @@ def test_two_engines_are_pushed_to_over_gloo_and_the_broken_one_is_named(cluster
     parts.close()
 
 
-@pytest.mark.parametrize("transport", ["shared_memory", "gloo"])
+@pytest.mark.parametrize("transport", ["shared_memory", pytest.param("gloo", marks=pytest.mark.slow)])
 def test_a_vllm_engine_split_over_two_processes_holds_what_was_sent(cluster, untied_path, transport):
     parts = pair(untied_path, "vllm", transport, tensor_parallel=2)
     for _ in range(2):

@@ -285,6 +285,7 @@ def test_two_of_each_role_train_as_one_of_each_does(run_sync):
 LORA = ("train_model.lora.enabled=true", "train_model.lora.r=8", "optimizer.lr=3e-3")
 
 
+@pytest.mark.slow
 def test_with_lora_the_trainer_is_its_own_reference_and_learns(run_sync):
     overrides = (*LORA, "train.dialog_turns_per_batch=256", "train.optim_batch_size=256", "train.total_dialog_turns=6144")
     run = run_sync(TRANSFORMERS, *overrides, "env.num_envs=32", "train.kl_to_ref_coeff=0.001", "env.test_size=200")
@@ -310,6 +311,7 @@ def test_fp16_writes_its_scale_with_every_step_and_trains(run_sync):
     assert 1e-5 < largest < 0.05  # one rounds to 11 bits, the other does not
 
 
+@pytest.mark.slow
 def test_two_ranks_score_and_train_beside_a_collection(run_sync):
     """train.sync_iter=false: scores are asked for by one thread and steps by another, of ranks that meet in collectives."""
     budget = ("train_model.num_devices=2", "train.max_tokens_per_micro_batch=500", "train_model.gradient_checkpointing=true")

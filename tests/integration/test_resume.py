@@ -108,8 +108,8 @@ def killed_and_resumed(tmp_path: Path, kills: list[tuple[str, int]], overrides: 
 def test_a_run_that_is_killed_three_times_ends_in_the_same_weights(run_sync, tmp_path):
     random.seed(0)
     kills = [("train", 4), ("complete", 1), ("push", 1)]
-    run, story = killed_and_resumed(tmp_path, kills, [])
-    check_same(run, run_sync(*STEPS))
+    run, story = killed_and_resumed(tmp_path, kills, [TRANSFORMERS])
+    check_same(run, run_sync(*STEPS, TRANSFORMERS))
     print(*story, sep="\n")
 
 
@@ -119,7 +119,7 @@ PHASES = ["generate", "train", "push", "evaluate", "save", "complete"]
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
-    [[], [RANKS], LORA, [RANKS, *LORA]],
+    [["inference_model.backend=vllm"], [TRANSFORMERS, RANKS], [TRANSFORMERS, *LORA], [TRANSFORMERS, RANKS, *LORA]],
     ids=["one rank", "two ranks", "one rank, LoRA", "two ranks, LoRA"],
 )
 def test_kills_at_random_moments(run_sync, tmp_path, overrides):
@@ -128,7 +128,6 @@ def test_kills_at_random_moments(run_sync, tmp_path, overrides):
     random.seed(seed)
     phases = random.sample(PHASES, 3)
     kills = [(phase, 1) for phase in sorted(phases, key=lambda phase: phase != "generate")]  # later there may be none
-    overrides = [TRANSFORMERS, *overrides]
     run, story = killed_and_resumed(tmp_path, kills, overrides)
     check_same(run, run_sync(*STEPS, *overrides))
     path = ROOT / "benchmarks" / "results" / "kills.json"
@@ -137,9 +136,15 @@ def test_kills_at_random_moments(run_sync, tmp_path, overrides):
     path.write_text(json.dumps(told, indent=1) + "\n")
 
 
-def test_a_run_that_is_asked_to_end_in_each_phase_goes_on_exactly(run_sync, tmp_path):
+ASKED = [("evaluate", 1), ("generate", 1), ("train", 3), ("push", 1), ("evaluate", 1), ("complete", 1)]
+
+
+@pytest.mark.parametrize(
+    "asked", [ASKED[1:3], pytest.param(ASKED, marks=pytest.mark.slow)], ids=["two phases", "each phase"]
+)
+def test_a_run_that_is_asked_to_end_goes_on_exactly(run_sync, tmp_path, asked):
     run_dir = tmp_path / "run"
-    for phase, occurrence in [("evaluate", 1), ("generate", 1), ("train", 3), ("push", 1), ("evaluate", 1), ("complete", 1)]:
+    for phase, occurrence in asked:
         process = Process(run_dir, *([] if run_dir.exists() else [TRANSFORMERS]))
         assert process.wait_for(phase, occurrence), (tmp_path / "stderr").read_text()
         process.process.send_signal(signal.SIGTERM)

@@ -157,6 +157,28 @@ def test_two_runs_do_not_disturb_each_other_and_clean_up_behind_a_killed_one(run
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_run_goes_on_without_an_engine_that_is_gone_for_good(tmp_path, monkeypatch, model_path, capsys, mode):
+    fault = Fault({"sync": "generate", "async": "train"}[mode], 3, "inference", SIGKILL)
+    Faults([fault]).install(monkeypatch)
+    least = ["inference_model.num_devices=2", "ray.min_engines=1", "ray.max_restarts=0"]
+    if mode == "sync":
+        settings = [*SMALL, *STEPS, TRANSFORMERS, *least]
+        grpo_sync.main(compose("grpo_arithmetic", settings), tmp_path)
+    else:
+        settings = [*SMALL, *ASYNC, TRANSFORMERS, "train.max_staleness=2", *least]
+        grpo_async.main(compose("grpo_arithmetic", settings), tmp_path)
+    assert fault.struck_s is not None
+    assert "the run goes on with the others (ray.min_engines)" in capsys.readouterr().err
+    run = Finished(tmp_path)
+    if mode == "async":
+        check_each_trained_once(run)
+    samples = {"sync": 384, "async": 512}[mode]  # two epochs in one, one in the other
+    assert run.summary["samples_trained"] == samples and len(run.rollouts) in (192, 512)
+    assert run.summary["restarts"] == {}
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("mode", ["sync", "async"])
 @pytest.mark.parametrize("seed", range(5))

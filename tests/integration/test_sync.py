@@ -33,7 +33,7 @@ def largest_difference(rollouts: list[dict]) -> dict[int, float]:
     return dict(largest)
 
 
-@pytest.mark.parametrize("backend", ["vllm", "transformers"])
+@pytest.mark.parametrize("backend", ["vllm", pytest.param("transformers", marks=pytest.mark.slow)])
 def test_the_engines_log_probs_agree_with_the_trainers_after_every_push(run_sync, backend):
     run = run_sync(f"inference_model.backend={backend}")
     differences = largest_difference(run.rollouts)
@@ -44,7 +44,7 @@ def test_the_engines_log_probs_agree_with_the_trainers_after_every_push(run_sync
     assert run.metrics[2]["train/kl_to_reference"] > 1e-4
 
 
-@pytest.mark.parametrize("backend", ["vllm", "transformers"])
+@pytest.mark.parametrize("backend", ["vllm", pytest.param("transformers", marks=pytest.mark.slow)])
 def test_the_same_seed_gives_the_same_run_bit_for_bit(run_sync, backend):
     first = run_sync(f"inference_model.backend={backend}")
     second = run_sync(f"inference_model.backend={backend}", again=True)
@@ -52,6 +52,7 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(run_sync, backend):
     assert first.rollouts == second.rollouts
 
 
+@pytest.mark.slow
 def test_another_seed_gives_another_run(run_sync):
     assert not same_weights(run_sync(TRANSFORMERS), run_sync(TRANSFORMERS, "seed=1"))
 
@@ -115,6 +116,7 @@ def test_sync_iter_false_trains_on_data_one_version_old(run_sync):
     assert same_weights(run, run_sync(TRANSFORMERS, "train.sync_iter=false", again=True))
 
 
+@pytest.mark.slow
 def test_two_epochs_train_twice_on_each_collection(run_sync):
     run = run_sync(TRANSFORMERS, "train.epochs=2")
     assert run.summary["steps"] == 6
@@ -152,6 +154,7 @@ def test_accumulated_micro_batches_take_the_same_steps_as_whole_batches(run_sync
     assert whole.rollouts[0]["tokens"] == split.rollouts[0]["tokens"]
 
 
+@pytest.mark.slow
 def test_without_a_kl_coefficient_there_is_no_reference(run_sync):
     run = run_sync(TRANSFORMERS, "train.kl_to_ref_coeff=0")
     assert all("train/kl_to_reference" not in row and "time/reference_s" not in row for row in run.metrics)

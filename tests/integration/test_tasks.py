@@ -32,6 +32,7 @@ SMALL_RUN = (
     "logging.rollout_tokens=false",
 )
 TEACHING_STEPS = 80
+SLOW = pytest.mark.slow
 
 
 def in_a_box(model: str, path: Path) -> Path:
@@ -85,7 +86,9 @@ def moved(run: Finished, model: str | Path) -> bool:
     return any(not torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("dataset", ["gsm8k", "math", "countdown", "ifeval", "arithmetic"])
+@pytest.mark.parametrize(
+    "dataset", ["gsm8k", "ifeval", *(pytest.param(name, marks=SLOW) for name in ("math", "countdown", "arithmetic"))]
+)
 def test_each_task_is_solved_now_and_then_and_trained_on(run_sync, model_path, tmp_path, dataset):
     model = Path(model_path)
     overrides = [f"env.dataset={dataset}", f"env.data={DATA / dataset}.jsonl", "env.max_prompt_length=192"]
@@ -106,9 +109,6 @@ def test_each_task_is_solved_now_and_then_and_trained_on(run_sync, model_path, t
     assert all(row["train/grad_norm"] > 0 for row in run.metrics)
     assert moved(run, model)
     assert run.summary["eval"]["after"]["n"] == 2
-
-
-SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(

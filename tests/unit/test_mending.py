@@ -16,16 +16,11 @@ class Engines:
     """An EnginePool in which one engine has groups 1 and 2."""
 
     def __init__(self) -> None:
-        self.checked, self.forgotten = 0, []
+        self.asked, self.forgotten = [], []
 
-    def check(self) -> None:
-        self.checked += 1
-
-    def holding(self) -> dict:
-        return {"the inference actor": [1, 2]}
-
-    def again(self, method: str) -> None:
-        return None
+    def ask(self, method: str, doing: str) -> list:
+        self.asked.append(method)
+        return [[1, 2]]
 
     def sampled(self, ids) -> None:
         self.forgotten += ids
@@ -48,14 +43,14 @@ def run(monkeypatch):
 
 def test_what_nobody_has_is_sampled_again(run):
     run._mend()
-    assert run.engines.checked == 1
+    assert run.engines.asked == ["weights_dtype", "holding"]
     assert run.submitted == run.engines.forgotten == [5, 6]
 
 
 def test_nothing_is_looked_at_while_nothing_died(run):
     run.supervisor = SimpleNamespace(take_fallen=set)
     run._mend()
-    assert run.engines.checked == 0 and run.submitted == []
+    assert run.engines.asked == run.submitted == []
 
 
 def test_a_collector_that_died_is_started_collects_again_and_what_it_had_is_looked_for(run):

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import ray
+from ray.exceptions import RayActorError
 
 from grpo import supervision
 from grpo.config_sections import RayConfig
@@ -137,6 +138,20 @@ def test_silence_is_a_death_where_nothing_works(monkeypatch, at_work, killed, ca
         watch.look(1.25)
     assert struck == ([(4711, signal.SIGKILL)] if killed else [])
     assert ("did not answer for 10 s" in capsys.readouterr().err) == killed
+
+
+def test_one_that_is_gone_for_good_is_told_of_and_watched_no_more(monkeypatch):
+    def get(call):
+        raise RayActorError
+
+    monkeypatch.setattr(supervision, "ask", lambda actor: actor)
+    monkeypatch.setattr(ray, "wait", lambda calls, timeout: (calls, []))
+    monkeypatch.setattr(ray, "get", get)
+    died = []
+    watch = Watch({"inference actor 1": "call"}, 10.0, died.append)
+    for _ in range(3):
+        watch.look(1.25)
+    assert died == ["inference actor 1"] and not watch.watched
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="threads are looked for in /proc")
