@@ -20,7 +20,10 @@ from grpo.remote import get_all
 
 
 def give_memory_back(actor: object = None) -> None:
-    """What this process has freed and its allocators keep goes back to the device and to the system."""
+    """What this process has freed and its allocators keep goes back to the device and to the system.
+
+    `actor` is whom `__ray_call__` asks.
+    """
     torch.cuda.empty_cache()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)  # the heap keeps its pages otherwise, see `start_actors`

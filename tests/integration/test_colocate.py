@@ -140,8 +140,8 @@ def test_an_engine_that_sleeps_gives_its_memory_back_and_a_push_wakes_it(cluster
         for refused in (("generate", requests, 0), ("log_probs", [5, 6, 7, 8])):
             with pytest.raises(AssertionError, match="an engine that sleeps has no weights"):
                 ask(*refused)
-        assert abs(push(version) - awake) < 0.1 * weights
-    assert abs(push(4) - awake) < 0.1 * weights  # which finds it awake
+        assert abs(push(version) - awake) < 0.5 * weights  # they are there again, and once
+    assert abs(push(4) - awake) < 0.5 * weights  # which finds it awake
     assert ask("log_probs", [5, 6, 7, 8]).tolist() == before.tolist()
     ray.kill(engine)
 
