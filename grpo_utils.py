@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -26,6 +27,7 @@ from grpo.checkpoint import Checkpoint, CheckpointWriter
 from grpo.cluster import check_shared, join_ranks, on_node, reserve, start_actors, start_ray
 from grpo.collect import PromptEnv, PromptStream, make_finish
 from grpo.collector import GroupCollector, InferencePolicy
+from grpo.colocate import Turns
 from grpo.config import RunConfig
 from grpo.errors import ActorError, ConfigError, RewardError
 from grpo.grading import Failed, GradingPool, grading_pool
@@ -106,6 +108,7 @@ def build(config: RunConfig, run_dir: Path, supervisor: Supervisor | None = None
                 replay_buffer=make_replay_buffer(config.groups_per_collection, config.groups_per_batch),
                 background=ThreadPoolExecutor(1, thread_name_prefix="collect"),
                 old=old,
+                turns=Turns(engines, named("training", ranks) | named("reference", references)) if config.colocate else None,
             )
             closing.callback(_end_background, make_run.keywords["background"])
         else:
@@ -238,7 +241,7 @@ def start_models(
         return start_actors(cls, places[role], plan.device, gpus[role], threads, environment, *arguments, restarts=restarts)
 
     inference, attention = config.inference_model, config.model.attn_implementation
-    spec = engine_spec(config, model, plan.device)
+    spec = replace(engine_spec(config, model, plan.device), sleeps=config.colocate)
     engines = start("inference", InferenceActor, engine_environment(spec), spec)
     precision, products = config.train.mixed_precision, config.model.matmul_precision
     references = start(
@@ -269,9 +272,14 @@ def start_models(
         products,
     )
     trainers = start("trainer", TrainerActor, {}, trainer_spec)
-    starting = named("inference", [actor.start.remote() for actor in engines])
-    starting |= named("reference", [actor.start.remote() for actor in references])
-    join_ranks(trainers, config.ray, starting)
+    starting = named("reference", [actor.start.remote() for actor in references])
+    if 0 < plan.gpus_per_process < 1:  # vLLM measures what its start takes of a GPU, and what others load would count
+        join_ranks(trainers, config.ray, starting)
+        starting = named("inference", [actor.start.remote() for actor in engines])
+        get_all(starting, config.ray.start_timeout_s, "starting", "ray.start_timeout_s")
+    else:
+        starting |= named("inference", [actor.start.remote() for actor in engines])
+        join_ranks(trainers, config.ray, starting)
     return trainers, references, engines
 
 

@@ -54,6 +54,7 @@ class RunConfig:
     mode: str = "sync"  # or async: each script has its own
     seed: int = 0  # of everything that is drawn
     device: str = "auto"  # of every actor: cuda where there is a GPU, else cpu; or cpu, cuda, mps
+    colocate: bool = False  # sync: all of it on one device; the engines give their memory back while the trainer computes
     dry_run: bool = False  # print devices, memory, steps, samples and the staleness bound, and start nothing
     resume: str | None = None  # the directory of a run to go on with, or auto: the newest that did not end
     resume_force: bool = False  # go on even where what is typed makes another run of it
@@ -157,6 +158,17 @@ class RunConfig:
             self.device,
             "needs inference_model.backend=transformers: vLLM does not run there",
         )
+        if self.colocate:
+            self._check_colocate()
+
+    def _check_colocate(self) -> None:
+        for rest, why in (
+            (self.mode == "sync", "in mode=async, where engines never rest"),
+            (self.train.sync_iter, "with train.sync_iter=false, which samples while it trains"),
+            (self.ray.address is None, "with ray.address, whose nodes have devices of their own"),
+            (self.device != "mps", "with device=mps, where the trainer is on the CPU"),
+        ):
+            check(rest, "colocate", "true", f"must be false {why}")
 
     def _check_sync(self) -> None:
         train = self.train

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
+from grpo.colocate import give_memory_back
 from grpo.inference import EngineSpec, Request
 from grpo.models import load_model, load_tokenizer, score, score_text
 from grpo.rollout import Completions, length_mask
@@ -110,10 +111,18 @@ class TransformersEngine:
     @torch.no_grad()
     def update_weights(self, version: int) -> Receipt:
         for name, tensor in self.receiver.receive(version):
-            self.parameters[name].copy_(tensor)
+            parameter = self.parameters[name]
+            if parameter.shape != tensor.shape:  # it sleeps
+                parameter.data = torch.empty_like(tensor, dtype=parameter.dtype, device=self.device)
+            parameter.copy_(tensor)
         self.policy_version = version
         held = dict(self.model.named_parameters(remove_duplicate=False))  # tied ones under each of their names
         return Receipt(version, [self.receiver.arrived], {name: checksum(held[name]) for name in self.names}, {})
 
     def reseed(self, seed: int) -> None:
         torch.manual_seed(seed)
+
+    def sleep(self) -> None:
+        for parameter in self.parameters.values():
+            parameter.data = parameter.new_empty(0)
+        give_memory_back()

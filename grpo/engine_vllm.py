@@ -59,6 +59,7 @@ class VLLMEngine:
                 tensor_parallel_size=spec.tensor_parallel_size,
                 distributed_executor_backend="uni" if spec.tensor_parallel_size == 1 else "mp",
                 disable_log_stats=True,
+                enable_sleep_mode=spec.sleeps,
                 worker_extension_cls=f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
                 weight_transfer_config=WeightTransferConfig(backend=TRANSFER),
                 **memory,
@@ -163,6 +164,9 @@ class VLLMEngine:
                 return np.array([position[token].logprob for token, position in found])
 
     def update_weights(self, version: int) -> Receipt:
+        asleep = self.engine.is_sleeping()
+        if asleep:
+            self.engine.wake_up(tags=["weights"])
         for call, arguments in (
             ("start_weight_update", {}),
             ("update_weights", {"update_info": {"version": version}}),
@@ -173,6 +177,8 @@ class VLLMEngine:
         self._adopt(version)
         workers = self._workers("held", args=(self.aliases,))
         arrived, tellings = zip(*workers, strict=True)
+        if asleep:  # last, when what the push needed besides is free again
+            self.engine.wake_up(tags=["kv_cache"])
         return Receipt(self.policy_version, list(arrived), *combine(list(tellings)))
 
     def _adopt(self, version: int) -> None:
@@ -190,3 +196,7 @@ class VLLMEngine:
     def reseed(self, seed: int) -> None:
         self.engine.reset_prefix_cache()  # what is cached changes the shapes computed, and so the last bits
         self._workers("reseed", args=(seed,))
+
+    def sleep(self) -> None:
+        if not self.engine.is_sleeping():
+            self.engine.sleep(level=2)  # which keeps no copy: the next push has all weights

@@ -61,6 +61,7 @@ class EngineSpec:
     gpu_memory_utilization: float
     enforce_eager: bool
     tensor_parallel_size: int = 1
+    sleeps: bool = False  # between its last response and the next push, while others have its device
 
 
 def engine_spec(config: RunConfig, model: str, device: str) -> EngineSpec:
@@ -119,13 +120,19 @@ class Engine(Protocol):
         """Advance, and return the requests that finished, each with all its responses."""
 
     def update_weights(self, version: int) -> Receipt:
-        """Receive and load push `version`, then tell what is held; running requests go on under the new weights."""
+        """Receive and load push `version`, then tell what is held; running requests go on under the new weights.
+
+        An engine that sleeps is awake again afterwards.
+        """
 
     def log_probs(self, tokens: list[int]) -> np.ndarray:
         """Log-probs [T - 1] of all tokens but the first, in nats at temperature 1, under the current weights."""
 
     def reseed(self, seed: int) -> None:
         """Make what is sampled next depend on `seed` and the requests alone."""
+
+    def sleep(self) -> None:
+        """Give the memory of weights and cache back; an idle engine, which the next push wakes. Asleep, it stays so."""
 
 
 ENGINES = {
@@ -165,6 +172,7 @@ class InferenceActor:
         self.loop_task: asyncio.Task | None = None
         self.busy_s = 0.0
         self.draining = False
+        self.asleep = False
 
     def __getattr__(self, name: str) -> None:
         if name == "engine":  # which `start` makes: this process took the place of one that had died
@@ -231,6 +239,7 @@ class InferenceActor:
         self.held.clear()
 
     def _add(self, requests: list[Request], inbox: Inbox) -> None:
+        assert not self.asleep, "an engine that sleeps has no weights to sample with before the next push"
         for request in requests:
             self.asked[self.num_requests] = inbox, request.request_id
             self.engine.add(replace(request, request_id=self.num_requests))
@@ -276,7 +285,7 @@ class InferenceActor:
     async def update_weights(self, version: int) -> Receipt:
         """Receive push `version` and acknowledge it once it was applied."""
         receipt = self.engine.update_weights(version)
-        self.draining = False
+        self.draining = self.asleep = False
         self._go_on()
         return receipt
 
@@ -287,8 +296,15 @@ class InferenceActor:
             await asyncio.wait({self.loop_task})
             self.loop_task.result()
 
+    async def sleep(self) -> None:
+        """Give the engine's memory back until the next push, which alone wakes it: until then there are no weights."""
+        assert not self.engine.has_work(), "an engine can go to sleep only while it is idle"
+        self.engine.sleep()
+        self.asleep = True
+
     async def log_probs(self, tokens: list[int]) -> np.ndarray:
         """Log-probs [T - 1] of all tokens but the first under the current weights."""
+        assert not self.asleep, "an engine that sleeps has no weights to score with before the next push"
         return self.engine.log_probs(tokens)
 
     async def busy(self) -> float:

@@ -101,7 +101,7 @@ METRICS = {
     "time/reward_s": "grading them",
     "time/reference_s": "scoring them under the reference",
     "time/train_s": "the optimiser step",
-    "time/push_s": "pushing weights to the engines",
+    "time/push_s": "pushing weights to the engines, and with colocate=true putting them to sleep",
     "time/wait_s": "waiting for a collection that runs beside training",
     "time/eval_s": "evaluating",
     "time/checkpoint_s": "what training waited for checkpoints",

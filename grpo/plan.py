@@ -40,6 +40,7 @@ class Plan:
     trained: int  # of them, or the adapters' with LoRA
     in_four_bits: int  # of them, of the policy
     memory_bytes: dict[str, int]  # estimate a role, weights, optimiser and key-value cache; activations come on top
+    phases: dict[str, dict[str, int]]  # the same while the run samples and while it trains, where those are not one
     states_bytes: int  # of driver and replay buffer: the hidden states that divergence=ot compares with, at full length
 
     @property
@@ -54,7 +55,10 @@ class Plan:
 
     @property
     def total_memory_bytes(self) -> int:
-        return sum(self.memory_bytes[role] * count for role, count in self.roles.items()) + self.states_bytes
+        return max(self._bytes(memory) for memory in self.phases.values()) + self.states_bytes
+
+    def _bytes(self, memory: dict[str, int]) -> int:
+        return sum(memory[role] * count for role, count in self.roles.items())
 
     def describe(self, config: RunConfig) -> str:
         """What dry_run=true prints."""
@@ -69,6 +73,7 @@ class Plan:
             *self._nodes(config.ray),
             f"memory            about {self.total_memory_bytes / gib:.2f} GiB for "
             f"{self.parameters / 1e6:.1f} million parameters, activations not counted",
+            *self._in_turns(),
             *([f"anchor states     about {self.states_bytes / gib:.2f} GiB of them"] if self.states_bytes else []),
             f"trained           {self._trained(config)}",
             f"reference         {self._reference(config)}",
@@ -89,6 +94,10 @@ class Plan:
 
     def _nodes(self, config: RayConfig) -> list[str]:
         return [] if config.address is None else describe_nodes(self.nodes, self.places)
+
+    def _in_turns(self) -> list[str]:
+        needed = [f"{self._bytes(memory) / 2**30:.2f} GiB {phase}" for phase, memory in self.phases.items()]
+        return [f"in turns          {', '.join(needed)}"] if len(needed) > 1 else []
 
     def _samples(self, config: RunConfig) -> str:
         total = config.train.total_dialog_turns
@@ -229,6 +238,31 @@ def trainer_bytes(parameters: int, in_four_bits: int, trained: int, has_adapters
     return int(own + in_four_bits * FOUR_BITS + parameters * FLOAT32)
 
 
+def phases_of(
+    config: RunConfig, memory: dict[str, int], parameters: int, trained: int, ranks: int
+) -> dict[str, dict[str, int]]:
+    """Bytes a process of each role, by what the run does meanwhile.
+
+    With colocate=true a trainer at rest has no gradients and no whole copy of the weights, and an engine asleep has nothing.
+    """
+    if not config.colocate:
+        return {"at all times": memory}
+    at_rest = memory["trainer"] - trained * FLOAT32 // ranks - parameters * FLOAT32
+    return {"sampling": memory | {"trainer": at_rest}, "training": memory | {"inference": 0}}
+
+
+def check_colocate(config: RunConfig, device: str) -> None:
+    """Raise ConfigError where the run's processes cannot have one device in turns."""
+    inference = config.inference_model
+    if device == "cpu" and inference.backend == "vllm":
+        raise ConfigError("colocate (true) needs inference_model.backend=transformers on a CPU: vLLM sleeps on GPUs only")
+    if device == "cuda" and (config.train_model.num_devices > 1 or inference.tensor_parallel_size > 1):
+        raise ConfigError(
+            "colocate (true) keeps a run on one GPU, which training ranks, or an engine's parts, cannot share: it needs "
+            "train_model.num_devices=1 and inference_model.tensor_parallel_size=1"
+        )
+
+
 def held_responses(config: RunConfig) -> int:
     """Responses that driver and replay buffer hold at one time, each copy counted."""
     if config.mode == "sync":
@@ -250,6 +284,8 @@ def make_plan(config: RunConfig) -> Plan:
     device = resolve_device(config.device, nodes)
     model, name = find_architecture(config.model.name, device), config.model.name
     length = check_positions(config, model)
+    if config.colocate:
+        check_colocate(config, device)
     roles = {"trainer": config.train_model.num_devices, "inference": config.inference_model.num_devices}
     if config.num_references:
         roles["reference"] = config.num_references
@@ -265,6 +301,7 @@ def make_plan(config: RunConfig) -> Plan:
         "reference": int((parameters - reference) * DTYPES[config.train.mixed_precision].itemsize + reference * FOUR_BITS),
     }
     memory = {role: memory[role] for role in roles}
+    phases = phases_of(config, memory, parameters, trained, roles["trainer"])
     states = held_responses(config) * length * model.hidden_size * FLOAT16 if config.anchor else 0
     gpus = sum(node.gpus for node in nodes) if device == "cuda" else 0
     tensor_parallel = config.inference_model.tensor_parallel_size
@@ -276,7 +313,7 @@ def make_plan(config: RunConfig) -> Plan:
             )
     sizes = {role: tensor_parallel if role == "inference" else 1 for role in roles}
     processes = sum(count * sizes[role] for role, count in roles.items())
-    sharing = -(-processes // gpus) if gpus else 0  # processes on the fullest GPU
+    sharing = -(-processes // (1 if config.colocate else gpus)) if gpus else 0  # processes on the fullest GPU
     where = "this machine" if config.ray.address is None else "the cluster"
     if sharing > 1 and roles["trainer"] > 1:
         raise ConfigError(
@@ -292,7 +329,8 @@ def make_plan(config: RunConfig) -> Plan:
     if device == "cpu":
         held = ", or train.dialog_turns_per_batch" if config.mode == "sync" else ", or train.buffer_size"
         remedy = "lower env.num_envs or inference_model.max_tokens" + held * (states > 0)
-        check_memory(name, nodes, places, memory, states, remedy)
+        for needed in phases.values():
+            check_memory(name, nodes, places, needed, states, remedy)
     return Plan(
         device=device,
         nodes=nodes,
@@ -305,5 +343,6 @@ def make_plan(config: RunConfig) -> Plan:
         trained=trained,
         in_four_bits=policy,
         memory_bytes=memory,
+        phases=phases,
         states_bytes=states,
     )

@@ -135,6 +135,10 @@ class EnginePool:
         """Have every engine receive push `version`: its receipts to come, by the engines' names."""
         return self._all("update_weights", version)
 
+    def sleep(self) -> dict[str, ObjectRef]:
+        """Have every engine give its memory back until the next push."""
+        return self._all("sleep")
+
     def log_probs(self, tokens: list[int]) -> dict[str, ObjectRef]:
         """Log-probs of `tokens` under each engine's weights, to come, by the engines' names."""
         return self._all("log_probs", tokens)

@@ -30,6 +30,7 @@ MAY_CHANGE = (
     "resume",
     "resume_force",
     "dry_run",
+    "colocate",
     "logging",
     "ray",
     "env.grading_processes",

@@ -18,6 +18,7 @@ from torchrl.data import ReplayBuffer
 from grpo.checkpoint import Checkpoint
 from grpo.collect import PromptStream
 from grpo.collector import GroupCollector
+from grpo.colocate import Turns
 from grpo.errors import ActorError
 from grpo.pools import ReferencePool
 from grpo.preemption import REQUEST
@@ -34,6 +35,7 @@ class SyncRun(Run):
     replay_buffer: ReplayBuffer
     background: ThreadPoolExecutor
     old: ReferencePool | None  # the training ranks, where the policy is compared with what it was
+    turns: Turns | None = None  # where engines and trainer have one device
     rollouts: TensorDict | None = None  # the collection that is being trained on
     ahead: Future | None = None  # the next one
 
@@ -90,6 +92,9 @@ class SyncRun(Run):
 
     def batches(self, rollouts: TensorDict) -> Iterator[TensorDict]:
         """train.epochs passes over `rollouts` [G] in optimiser batches [B]; a resumed run leaves out what it has done."""
+        if self.turns is not None:
+            with self.clock.phase("push"):
+                self.turns.sleep()
         if self.old is not None and self.progress.steps_since_push == 0:
             with self.clock.phase("train"):
                 self._anchor(rollouts)
@@ -119,6 +124,9 @@ class SyncRun(Run):
         now = self.progress
         if self.ahead is not None:
             self._wait_for_collection()  # a collection is sampled under one version
+        if self.turns is not None:
+            with self.clock.phase("push"):
+                self.turns.make_room()
         before, self.rollouts = now.num_steps - now.steps_since_push, None
         super().push_weights()
         # What was due at an earlier step of the collection was saved there, but for a collection beside training.

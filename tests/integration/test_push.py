@@ -146,6 +146,7 @@ def pair(
     lora: bool = False,
     device: str = "cpu",
     dtype: str = "float32",
+    sleeps: bool = False,
 ) -> Pair:
     trainer_spec = TrainerSpec(
         model,
@@ -171,6 +172,7 @@ def pair(
         gpu_memory_utilization=0.3,
         enforce_eager=True,
         tensor_parallel_size=tensor_parallel,
+        sleeps=sleeps,
     )
     environment = {"env_vars": engine_environment(spec)}
     share = 1 if transport == "nccl" else 0.5  # of a GPU; NCCL joins no two processes on one

@@ -255,6 +255,19 @@ BAD_VALUES = [
         ["train_model.lora.enabled=true", "train_model.quantization.enabled=true", "ref_model.quantization.enabled=false"],
         "ref_model.quantization.enabled (False) needs ref_model.num_devices of at least 1",
     ),
+    (["colocate=true", "mode=async"], "colocate (true) must be false in mode=async, where engines never rest"),
+    (
+        ["colocate=true", "train.sync_iter=false"],
+        "colocate (true) must be false with train.sync_iter=false, which samples while it trains",
+    ),
+    (
+        ["colocate=true", "ray.address=127.0.0.1:6379"],
+        "colocate (true) must be false with ray.address, whose nodes have devices of their own",
+    ),
+    (
+        ["colocate=true", "device=mps", "inference_model.backend=transformers"],
+        "colocate (true) must be false with device=mps, where the trainer is on the CPU",
+    ),
     (["device=mps"], "device (mps) needs inference_model.backend=transformers"),
     (["train.replay=twice"], "train.replay (twice) must be one of once, uniform"),
     (["train.replay=uniform"], "train.replay (uniform) is of async mode"),

@@ -16,7 +16,7 @@ class Counting:
 
     def __init__(self, spec=None) -> None:
         self.queue: list[Request] = []
-        self.policy_version, self.seeds = 0, []
+        self.policy_version, self.seeds, self.sleeps = 0, [], 0
 
     def add(self, request: Request) -> None:
         self.queue.append(request)
@@ -47,6 +47,9 @@ class Counting:
 
     def reseed(self, seed: int) -> None:
         self.seeds.append(seed)
+
+    def sleep(self) -> None:
+        self.sleeps += 1
 
 
 @pytest.fixture
@@ -155,3 +158,22 @@ def test_reseeding_a_busy_engine_is_refused(actor):
             await actor.generate([], seed=1)
 
     asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+def test_an_engine_that_sleeps_is_asked_for_nothing_before_the_next_push(actor):
+    async def work():
+        await actor.start()
+        await actor.sleep()
+        for asked in (actor.generate(requests(1)), actor.log_probs([1, 2])):
+            with pytest.raises(AssertionError, match="an engine that sleeps has no weights"):
+                await asked
+        await actor.sleep()
+        await actor.update_weights(1)
+        found = await actor.generate(requests(1))
+        actor.engine.add(requests(2)[0])
+        with pytest.raises(AssertionError, match="an engine can go to sleep only while it is idle"):
+            await actor.sleep()
+        return found
+
+    assert asyncio.run(work()).versions.tolist() == 4 * [1]
+    assert actor.engine.sleeps == 2

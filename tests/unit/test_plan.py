@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import GPT2Config, Qwen2Config
@@ -13,6 +15,8 @@ from .conftest import file_names
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 CPU = "device=cpu"
+TRANSFORMERS = "inference_model.backend=transformers"
+COLOCATE = ["colocate=true", TRANSFORMERS]
 
 
 def plan_of(*overrides: str, name: str = "grpo_arithmetic"):
@@ -58,6 +62,58 @@ def test_memory_is_estimated_a_role():
     cache = 32 * 56 * 2 * 2 * 2 * 32 * 4
     assert plan.memory_bytes == {"trainer": 5 * weights, "inference": weights + cache, "reference": weights}
     assert plan_of("optimizer.name=sgd").memory_bytes["trainer"] == 3 * weights
+
+
+def test_in_turns_the_larger_of_the_two_phases_counts(monkeypatch):
+    turns = [*COLOCATE, "optimizer.name=adamw"]
+    plan = plan_of(*turns, "env.num_envs=4", "env.max_prompt_length=32", "inference_model.max_tokens=24")
+    weights, engine = 4 * plan.parameters, plan.memory_bytes["inference"]
+    assert plan.memory_bytes["trainer"] == 5 * weights
+    at_rest = 3 * weights  # the weights and two states
+    assert plan.phases == {
+        "sampling": {"trainer": at_rest, "inference": engine, "reference": weights},
+        "training": {"trainer": 5 * weights, "inference": 0, "reference": weights},
+    }
+    assert plan.total_memory_bytes == at_rest + engine + weights > 6 * weights
+    short = ["env.num_envs=1", "env.repeats=2", "env.max_prompt_length=8", "inference_model.max_tokens=8"]
+    plan = plan_of(*turns, *short)
+    assert plan.total_memory_bytes == 6 * weights  # so small a cache is less than the trainer takes while it works
+    config = compose("grpo_arithmetic", [CPU, *turns, *short])
+    assert "in turns          0.01 GiB sampling, 0.01 GiB training" in plan.describe(config)
+    assert "in turns" not in plan_of().describe(config)
+
+
+def test_what_fits_in_turns_alone_is_not_refused(monkeypatch):
+    together, in_turns = plan_of(TRANSFORMERS), plan_of(*COLOCATE)
+    free = in_turns.total_memory_bytes
+    assert together.total_memory_bytes > free
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=free))
+    assert plan_of(*COLOCATE).total_memory_bytes == free
+    with pytest.raises(ConfigError, match=r"needs about .* GiB of memory"):
+        plan_of(TRANSFORMERS)
+
+
+@without_gpu
+def test_vllm_does_not_sleep_on_a_cpu():
+    with pytest.raises(ConfigError) as raised:
+        plan_of("colocate=true")
+    assert str(raised.value) == (
+        "colocate (true) needs inference_model.backend=transformers on a CPU: vLLM sleeps on GPUs only"
+    )
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_colocated_processes_share_one_gpu_however_many_there_are(gpus, number):
+    gpus(number)
+    plan = make_plan(compose("grpo_arithmetic", ["device=cuda", "colocate=true"]))
+    assert (plan.gpus_per_process, plan.transport) == (pytest.approx(1 / 3), "shared_memory")
+    plan = make_plan(compose("grpo_arithmetic", ["device=cuda", "colocate=true", "train_model.lora.enabled=true"]))
+    assert plan.gpus_per_process == 1 / 2
+    for typed in ("train_model.num_devices=2", "inference_model.tensor_parallel_size=2"):
+        with pytest.raises(
+            ConfigError, match=r"colocate \(true\) keeps a run on one GPU, which training ranks, or an engine's"
+        ):
+            make_plan(compose("grpo_arithmetic", ["device=cuda", "colocate=true", typed]))
 
 
 def test_with_lora_only_the_adapters_have_gradients_and_optimiser_states_and_the_reference_is_inside():
