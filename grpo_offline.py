@@ -7,7 +7,7 @@ from grpo.offline_config import OfflineConfig
 
 
 def train(run) -> None:
-    """The algorithm."""
+    """Bring the policy's shares of a prompt's completions to those of their scores (grpo/objectives/offline.py)."""
     for groups in run.batches():
         run.step(groups)
 

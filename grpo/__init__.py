@@ -2,6 +2,20 @@
 
 What PUBLIC names is the Python interface (docs/python.md). Each is imported when it is asked for, so that `import grpo`
 takes no time.
+
+    the algorithm   run_sync, run_async (on run, session); collect (collector, background); replay, admission; rollout: a batch
+    mathematics     advantages, objectives/, intervals, adamw_8bit
+    text to score   tasks/, instructions (IFEval's), rewards, shapes, grading
+    models          models, adapters, four_bit, builtin
+    actors          trainer (trainer_state), reference, inference (engine_vllm, vllm_worker, engine_transformers);
+                    pools: the driver's side of them
+    weight pushes   weight_sync, transports; colocate
+    Ray             cluster, nodes, placement, remote, leftovers, supervision, preemption
+    configuration   config, config_sections, rules, errors, sources, launch, plan, throughput, resume, sweep
+    run directory   checkpoint, metrics, account
+    offline         offline, offline_config, offline_plan, offline_run, offline_trainer, scored
+    tools           doctor, evaluate (measure, comparison, standalone), generate, grade, plot, view (viewer/), transport_plot; tool
+    Python          interface
 """
 
 import importlib

@@ -2,9 +2,6 @@
 
 import torch
 
-SCALES = ("group", "batch", "none")
-BASELINES = ("mean", "leave_one_out")
-
 
 def group_advantages(
     rewards: torch.Tensor,

@@ -38,8 +38,7 @@ class Turns:
 
     def sleep(self) -> None:
         """Have the engines sleep, and the trainer find the memory free; one that has died comes back, and sleeps too."""
-        again = self.engines.again("sleep", load=False)
-        get_all(self.engines.sleep(), self.engines.timeout_s, "going to sleep", again=again)
+        self.engines.ask("sleep", "going to sleep", load=False)
         self.make_room()
 
     def make_room(self) -> None:

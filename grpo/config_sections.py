@@ -32,7 +32,7 @@ class EnvConfig:
     grading_timeout_s: float = 10.0  # seconds a response
     reward_timeout_s: float = 60.0  # seconds a call of reward_fn, which gets a group
     grading_memory_gb: float = 4.0  # GB a grading process; one that needs more is replaced, its response a grader_error
-    num_envs: int = 64  # groups in flight at an engine
+    num_envs: int = 64  # prompts that an engine works on at a time, with env.repeats responses each
     repeats: int = 8  # group size K: responses sampled for a prompt
     max_prompt_length: int = 256  # tokens of a prompt; longer ones are dropped and counted
     validation_size: int = 500  # prompts held out for eval_frequency
@@ -226,7 +226,7 @@ class ObjectiveConfig:
     )
     divergence: str = "k3"  # weighed by train.kl_to_ref_coeff: k1, k2, k3, kl (a hinge on a response), ot (on hidden states)
     kl_margin: float = 0.05  # nats a token below which a response costs nothing
-    ot_anchor: str = "reference"  # whose states count; old: the policy's own before the collection's first step
+    ot_anchor: str = "reference"  # whose states count; old (sync): the policy's own before the collection's first step
     ot_window: int = 16  # token positions that a state may be matched across
     ot_target: float = 0.05  # transport cost, in [0, 2], below which a response costs nothing
     ot_epsilon: float = 0.1  # weight of the plan's entropy: smaller is closer to plain transport, and slower to settle

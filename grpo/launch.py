@@ -81,9 +81,9 @@ def _missing(error: MissingConfigException, typed: list[Override]) -> str:
 
 
 def launch(mode: str, default_config: str, main: Callable[[Config, Path], None]) -> None:
-    """Run `main(config, run_dir)` under Hydra, or go on with the run that resume= means; the exit codes are above.
+    """Run `main(config, run_dir)` under Hydra, or go on with the run that resume= means.
 
-    User errors end in one line on stderr.
+    User errors end in one line on stderr; the exit codes are those of grpo/errors.py.
     """
     starting = ExitStack()
     starting.enter_context(deferred_interrupt())

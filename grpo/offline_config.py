@@ -86,6 +86,8 @@ class OfflineConfig:
         check(0 <= self.seed < 2**31, "seed", self.seed, "must be at least 0 and below 2^31")
         at_least("", self, 1, "batch_size", "num_epochs")
         at_least("", self, 2, "max_seq_length")
+        engines = self.ray.min_engines
+        check(engines is None, "ray.min_engines", engines, "must be null in an offline run, which has no engine")
         check(0 < self.eval_share < 1, "eval_share", self.eval_share, "must be above 0 and below 1")
         check(
             self.batch_size % self.parts == 0,

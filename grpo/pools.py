@@ -78,10 +78,10 @@ class EnginePool:
             return False
         return True
 
-    def ask(self, method: str, doing: str, can_be_left: bool = False) -> list:
-        """What every engine answers; one that has died is brought back and asked again, or left out."""
-        calls = self._all(method)
-        return get_all(calls, self.timeout_s, doing, can_be_left=can_be_left, again=self.again(method))
+    def ask(self, method: str, doing: str, can_be_left: bool = False, load: bool = True) -> list:
+        """What every engine answers; one that has died is brought back (see `again`) and asked again, or left out."""
+        again = self.again(method, load=load)
+        return get_all(self._all(method), self.timeout_s, doing, can_be_left=can_be_left, again=again)
 
     def submit(self, ids: list[int], prompts: list[list[int]], sampling: Sampling, seed: int) -> None:
         """Have the engines respond to `prompts`, each at the engine that has least to do; collectors take the responses.
@@ -134,10 +134,6 @@ class EnginePool:
     def update_weights(self, version: int) -> dict[str, ObjectRef]:
         """Have every engine receive push `version`: its receipts to come, by the engines' names."""
         return self._all("update_weights", version)
-
-    def sleep(self) -> dict[str, ObjectRef]:
-        """Have every engine give its memory back until the next push."""
-        return self._all("sleep")
 
     def log_probs(self, tokens: list[int]) -> dict[str, ObjectRef]:
         """Log-probs of `tokens` under each engine's weights, to come, by the engines' names."""

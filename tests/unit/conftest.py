@@ -121,7 +121,6 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr("grpo.plan.read_config", architecture)
         monkeypatch.setattr("grpo.plan.num_parameters", count_once)
         monkeypatch.setattr("torch.cuda.is_available", lambda: count > 0)
-        monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H200")
         monkeypatch.setattr("torch.cuda.device_count", lambda: count)
         monkeypatch.setattr("torch.cuda.get_device_name", lambda *_: "NVIDIA H100 80GB HBM3")
 

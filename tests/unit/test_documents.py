@@ -118,6 +118,7 @@ def place(tmp_path, monkeypatch, model_path) -> Path:
             (tmp_path / name).symlink_to(ROOT / name)
     group = {"prompt": "2 + 2?", "completions": [{"text": "4", "score": 1.0}, {"text": "5", "score": 0.0}]}
     (tmp_path / "scored.jsonl").write_text(f"{json.dumps(group)}\n{json.dumps(group | {'prompt': '1 + 3?'})}\n")
+    (tmp_path / "gsm8k_train.jsonl").touch()
     (tmp_path / "FILE.jsonl").write_text('{"question": "2 + 2?", "answer": "#### 4", "response": "The answer is 4."}\n')
     add_lora(AutoModelForCausalLM.from_config(GPT2), LoraConfig(enabled=True), seed=0).save_pretrained(run_dir / "adapter")
     monkeypatch.chdir(tmp_path)
@@ -164,7 +165,9 @@ def check(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     elif program == "pip":
         assert rest[0] == "install" and ("-r" not in rest or Path(rest[rest.index("-r") + 1]).is_file())
     elif program == "sbatch":
-        assert any(Path(word).is_file() for word in rest if word.endswith(".sbatch"))
+        script = next(i for i, word in enumerate(rest) if word.endswith(".sbatch"))
+        assert Path(rest[script]).is_file()
+        dry_run("async" if "async" in rest[script] else "sync", rest[script + 1 :])
     elif program == "tensorboard":
         from tensorboard.program import TensorBoard
 
@@ -229,7 +232,7 @@ CHECKS: dict[str, Callable] = {
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command not in NOT_TO_WORK])
 def test_every_printed_command_can_be_run(command, place, gpus, monkeypatch):
-    gpus(8, {"gpt2": GPT2})
+    gpus(32 if command.startswith("sbatch") else 8, {"gpt2": GPT2})
     if "hydra/sweeper=optuna" in command and importlib.util.find_spec("optuna") is None:
         with pytest.raises(ConfigError, match=r"needs pip install --no-deps -r requirements_optuna\.txt"):
             check(shlex.split(command), monkeypatch)
@@ -323,6 +326,11 @@ def test_keys_and_metrics_that_are_named_are_there(page):
             assert code.replace("term_NAME", "term_*") in METRICS, (page.name, code)
 
 
+def test_every_module_is_in_the_packages_table_of_contents():
+    named = set(re.findall(r"\w+", grpo.__doc__))
+    assert {path.stem for path in (ROOT / "grpo").glob("*.py")} - {"__init__"} <= named
+
+
 def test_no_page_is_left_out_of_the_readme():
     linked = re.findall(r"\]\(docs/(\w+\.md)\)", (ROOT / "README.md").read_text())
     assert {page.name for page in DOCS.glob("*.md")} - set(linked) == set()
@@ -375,7 +383,7 @@ def test_the_reward_that_is_shown_is_one():
 def test_the_python_interface_that_is_shown_is_there():
     text = (DOCS / "python.md").read_text()
     compile(blocks("python.md", "python")[0], "python.md", "exec")
-    shown = set(re.findall(r"\bgrpo\.([a-zA-Z_]+)\(", text)) | {"UserError"}
+    shown = set(re.findall(r"\bgrpo\.([a-zA-Z_]+)\(", text)) | {"UserError", "Preempted"}
     assert shown == set(grpo.PUBLIC)
     assert all(callable(getattr(grpo, name)) for name in grpo.PUBLIC)
 

@@ -40,6 +40,7 @@ BAD_VALUES = [
     ([DATA, "batch_size=0"], "batch_size (0) must be at least 1"),
     ([DATA, "num_epochs=0"], "num_epochs (0) must be at least 1"),
     ([DATA, "max_seq_length=1"], "max_seq_length (1) must be at least 2"),
+    ([DATA, "ray.min_engines=1"], "ray.min_engines (1) must be null in an offline run, which has no engine"),
     ([DATA, "eval_share=0"], "eval_share (0.0) must be above 0 and below 1"),
     ([DATA, "eval_share=1"], "eval_share (1.0) must be above 0 and below 1"),
     ([DATA, "objective.log_prob=median"], "objective.log_prob (median) must be one of sum, mean"),
