@@ -50,7 +50,7 @@ def clean() -> None:
     removed = _remove_segments(is_gone)
     if ended or removed:
         print(
-            f"A run that was killed had left {ended} processes and {removed} segments of shared memory: they are removed",
+            f"A run that was killed had left processes ({ended}) and segments of shared memory ({removed}): all removed",
             file=sys.stderr,
         )
 
@@ -106,19 +106,29 @@ def claim_segments(pids: list[int]) -> None:
 
 
 def _remove_segments(belongs: Callable[[str], bool]) -> int:
-    """Remove the segments whose mark `belongs`; returns how many there were."""
+    """Remove this user's segments whose mark `belongs`; returns how many there were.
+
+    Anybody may write a list: what another user's names is not removed in this one's name.
+    """
     removed = 0
     for path in SHARED_MEMORY.glob("grpo-*"):
         found = re.match(r"grpo-([0-9a-f]+\.\d+\.\d+\.\d+)-(\w+)-", path.name)
         if found is None or not belongs(found.group(1)):
             continue
-        with suppress(FileNotFoundError, PermissionError):
+        with suppress(FileNotFoundError):  # another start removes it
+            if path.lstat().st_uid != os.geteuid():
+                continue
             if found.group(2) == LIST:
-                for name in path.read_text().split():
-                    with suppress(FileNotFoundError):
-                        (SHARED_MEMORY / name).unlink()
-                        removed += 1
+                names = path.read_text().split()
+                removed += sum(_unlinked(SHARED_MEMORY / name) for name in names if "/" not in name)
+                path.unlink()
             else:
-                removed += 1
-            path.unlink()
+                removed += _unlinked(path)
     return removed
+
+
+def _unlinked(path: Path) -> bool:
+    with suppress(FileNotFoundError, PermissionError):
+        path.unlink()
+        return True
+    return False

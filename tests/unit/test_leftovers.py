@@ -84,14 +84,12 @@ def test_processes_of_a_driver_that_is_gone_are_ended_though_they_are_stopped_an
     clean()
     assert stopped.wait(5) == -signal.SIGKILL
     assert living.poll() is None and unmarked.poll() is None
-    assert "had left 1 processes and 0 segments" in capsys.readouterr().err
+    assert "had left processes (1) and segments of shared memory (0): all removed" in capsys.readouterr().err
     clean()
     assert capsys.readouterr().err == ""
 
 
-def test_segments_of_a_driver_that_is_gone_are_removed_with_those_on_its_lists_and_no_others(
-    gone, shared_memory, monkeypatch
-):
+def test_segments_of_a_driver_that_is_gone_are_removed_with_those_on_its_lists_and_no_others(gone, shared_memory, capsys):
     own = f"grpo-{identity(os.getpid())}-weights-abc"
     listed, foreign = "psm_listed", "psm_foreign"
     for name in (own, f"grpo-{gone}-weights-abc", listed, foreign, "grpo-else"):
@@ -99,6 +97,28 @@ def test_segments_of_a_driver_that_is_gone_are_removed_with_those_on_its_lists_a
     (shared_memory / f"grpo-{gone}-segments-def").write_text(f"{listed}\npsm_no_longer_there")
     clean()
     assert {path.name for path in shared_memory.iterdir()} == {own, foreign, "grpo-else"}
+    assert "segments of shared memory (2)" in capsys.readouterr().err  # neither the list nor what was gone already
+
+
+def test_what_another_user_lists_is_not_removed(gone, shared_memory, monkeypatch, capsys):
+    names = {"psm_listed", f"grpo-{gone}-weights-abc", f"grpo-{gone}-segments-def"}
+    for name in names:
+        (shared_memory / name).write_text("psm_listed")
+    another = os.geteuid() + 1
+    monkeypatch.setattr(os, "geteuid", lambda: another)
+    clean()
+    assert {path.name for path in shared_memory.iterdir()} == names
+    assert capsys.readouterr().err == ""
+
+
+def test_a_list_names_nothing_outside_of_shared_memory(gone, tmp_path, shared_memory):
+    inside, outside = shared_memory / "inside" / "mine", tmp_path.parent / f"{tmp_path.name}-mine"
+    inside.parent.mkdir()
+    for path in (inside, outside):
+        path.write_text("")
+    (shared_memory / f"grpo-{gone}-segments-def").write_text(f"inside/mine\n../{outside.name}\n{outside}")
+    clean()
+    assert inside.exists() and outside.exists()
 
 
 def test_what_a_run_starts_is_marked_and_its_segments_go_with_it(shared_memory, monkeypatch):
