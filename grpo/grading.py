@@ -12,6 +12,8 @@ import multiprocessing
 import os
 import resource
 import signal
+import socket
+import struct
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -167,10 +169,16 @@ class _Worker:
         self.deadline = time.monotonic() + START_TIMEOUT_S
 
     def begin(self, waiting: deque, method: str, items: list, timeout_s: float) -> bool:
-        """Take the first chunk of `waiting`; false, with the chunk left there, where the process has died."""
+        """Take the first chunk of `waiting`; false, with the chunk left there, where the process has died.
+
+        Or where it reads nothing for `timeout_s` seconds, as one that is stopped: a part of the chunk is of no use to it.
+        """
+        with socket.fromfd(self.connection.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as same:
+            limit = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6))
+            same.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         try:
             self.connection.send((method, [items[i] for i in waiting[0]]))
-        except (BrokenPipeError, ConnectionResetError):
+        except (BrokenPipeError, ConnectionResetError, BlockingIOError):
             return False
         self.doing = waiting.popleft()
         self.deadline = time.monotonic() + timeout_s

@@ -1,5 +1,7 @@
 """Grading in processes of its own: every response gets a verdict, whatever its grader does."""
 
+import os
+import signal
 import time
 
 import psutil
@@ -153,3 +155,14 @@ def test_a_response_whose_process_is_killed_or_stopped_by_others_gets_a_second_c
     grades = pool.grade(problems, ["yes", str(once), str(twice), "yes"])
     assert [grade.outcome for grade in grades] == ["correct", "wrong", again, "correct"]
     assert pool.restarts == before + 3
+
+
+@pytest.mark.timeout(60)
+def test_a_large_response_does_not_wait_for_ever_for_a_process_that_was_stopped_with_nothing_to_do():
+    with GradingPool(Obedient(), 1, timeout_s=1.0) as pool:
+        grade(pool, ["yes"])
+        os.kill(pool.workers[0].process.pid, signal.SIGSTOP)
+        start = time.monotonic()
+        (found,) = grade(pool, ["x" * 1_000_000])
+        assert (found.outcome, found.reward, pool.restarts) == ("wrong", 1_000_000, 1)
+        assert 0.9 < time.monotonic() - start < 30  # the limit, and what it took to start another one
