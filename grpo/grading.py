@@ -4,10 +4,12 @@
            <─result─           one by one, so that a worker that hangs or dies is known to have done so on which item
 
 A worker that does not answer in time, needs more memory than it may have, or dies, is replaced; the item it was at has
-failed, and the others go on. Where the process was killed or stopped by others, the item gets a second chance.
+failed, and the others go on. Where the process was killed or stopped by others, the item gets a second chance. When the
+driver is gone, so are its workers, whatever they are at.
 """
 
 import errno
+import fcntl
 import multiprocessing
 import os
 import resource
@@ -163,9 +165,11 @@ class _Worker:
 
     def __post_init__(self) -> None:
         self.connection, other = self.context.Pipe()
-        self.process = self.context.Process(target=_work, args=(other, *self.arguments), daemon=True)
+        gone, self.alive = self.context.Pipe(duplex=False)  # which the system closes with this process
+        self.process = self.context.Process(target=_work, args=(other, gone, *self.arguments), daemon=True)
         self.process.start()
         other.close()
+        gone.close()
         self.deadline = time.monotonic() + START_TIMEOUT_S
 
     def begin(self, waiting: deque, method: str, items: list, timeout_s: float) -> bool:
@@ -214,10 +218,12 @@ class _Worker:
         self.process.kill()
         self.process.join()
         self.connection.close()
+        self.alive.close()
 
 
-def _work(connection: Connection, grader: Grader, reward_function: str | None, memory_gb: float) -> None:
+def _work(connection: Connection, gone: Connection, grader: Grader, reward_function: str | None, memory_gb: float) -> None:
     """A worker's life."""
+    _end_with_the_driver(gone)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's, which ends its workers
     resource.setrlimit(resource.RLIMIT_DATA, (int(memory_gb * 1e9),) * 2)
     function = load_reward_function(reward_function) if reward_function else None
@@ -235,6 +241,17 @@ def _work(connection: Connection, grader: Grader, reward_function: str | None, m
             except Exception as error:  # a grader's defect, or the user's code: it is what the verdict says
                 result = Failed("grader_error", f"{type(error).__name__}: {one_line(error)}"[:500])
             connection.send(result)
+
+
+def _end_with_the_driver(gone: Connection) -> None:
+    """Have the system end this process when the other end of `gone` is closed, into which nothing is ever written.
+
+    A thread that waits for that would need Python's lock, which an endless regular expression never gives back.
+    """
+    fcntl.fcntl(gone, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(gone, fcntl.F_SETFL, fcntl.fcntl(gone, fcntl.F_GETFL) | os.O_ASYNC)  # SIGIO, which ends who does not take it
+    if gone.poll():  # it was closed before
+        os._exit(1)
 
 
 def _jobs(connection: Connection) -> Iterator[tuple[str, list]]:

@@ -1,13 +1,17 @@
 """Grading in processes of its own: every response gets a verdict, whatever its grader does."""
 
+import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 
-from grpo.grading import Failed, GradingPool
+from grpo.grading import Failed, GradingPool, _end_with_the_driver
 from grpo.tasks import Problem
 
 from .hanging import Obedient
@@ -29,6 +33,19 @@ def by_the_prompt(prompts, responses, answers):
     return {"nan": [float("nan")] * len(responses), "string": "abc"[: len(responses)], "short": [1.0], "none": None}.get(
         what, [0.5] * len(responses)
     )
+"""
+
+DRIVER = """
+import sys
+from grpo.grading import GradingPool
+from grpo.tasks import Problem
+from tests.unit.hanging import Obedient
+
+if __name__ == "__main__":
+    with GradingPool(Obedient(), 1, timeout_s=3600.0) as pool:
+        pool.grade([Problem("?", "yes")], ["yes"])
+        print(pool.workers[0].process.pid, flush=True)
+        pool.grade([Problem("?", "yes")], [sys.argv[1]])
 """
 
 
@@ -157,7 +174,7 @@ def test_a_response_whose_process_is_killed_or_stopped_by_others_gets_a_second_c
     assert pool.restarts == before + 3
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(30)
 def test_a_large_response_does_not_wait_for_ever_for_a_process_that_was_stopped_with_nothing_to_do():
     with GradingPool(Obedient(), 1, timeout_s=1.0) as pool:
         grade(pool, ["yes"])
@@ -166,3 +183,28 @@ def test_a_large_response_does_not_wait_for_ever_for_a_process_that_was_stopped_
         (found,) = grade(pool, ["x" * 1_000_000])
         assert (found.outcome, found.reward, pool.restarts) == ("wrong", 1_000_000, 1)
         assert 0.9 < time.monotonic() - start < 30  # the limit, and what it took to start another one
+
+
+@pytest.mark.parametrize("what", ["hang", "loop", "expression"])
+def test_a_grader_without_end_ends_with_the_driver(tmp_path, what):
+    path, environment = tmp_path / "driver.py", os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    path.write_text(DRIVER)
+    with subprocess.Popen([sys.executable, path, what], stdout=subprocess.PIPE, env=environment) as driver:
+        worker = psutil.Process(int(driver.stdout.readline()))
+        server = worker.parent()
+        time.sleep(0.5)  # until it is at it
+        assert worker.is_running()
+        driver.kill()
+    _, left = psutil.wait_procs([worker, server], timeout=10)
+    for process in left:
+        process.kill()
+    assert not left
+
+
+def test_a_worker_that_starts_when_the_driver_is_gone_ends_too():
+    gone, alive = multiprocessing.Pipe(duplex=False)
+    alive.close()
+    process = multiprocessing.get_context("fork").Process(target=_end_with_the_driver, args=(gone,))
+    process.start()
+    process.join(10)
+    assert process.exitcode == 1
