@@ -77,9 +77,9 @@ def build(config: RunConfig, run_dir: Path, supervisor: Supervisor | None = None
         start_ray(config.ray, sum(plan.roles.values()), closing)
         check_shared(config.ray, plan.nodes, shared_paths(config, run_dir, model))
         ranks, references, actors = start_models(config, plan, model, supervisor)
-        watched = named("training", ranks) | named("reference", references) | named("inference", actors)
+        watched = named("training", ranks) | named("reference", references) | actors
         timeout_s = config.ray.timeout_s
-        engines = EnginePool(actors, timeout_s, min_engines=config.ray.min_engines)
+        engines = EnginePool(dict(actors), timeout_s, lose=supervisor.lose)
         train = config.train
         trainer = TrainerPool(
             ranks,
@@ -221,28 +221,32 @@ def shared_paths(config: RunConfig, run_dir: Path, model: str) -> list[str]:
 
 def start_models(
     config: RunConfig, plan: Plan, model: str, supervisor: Supervisor
-) -> tuple[list[ActorHandle], list[ActorHandle], list[ActorHandle]]:
-    """Start the actors side by side and wait until each has its model: (training ranks, references, engines).
+) -> tuple[list[ActorHandle], list[ActorHandle], dict[str, ActorHandle]]:
+    """Start the actors side by side and wait until each has its model: (training ranks, references, engines by name).
 
-    Ray starts references again that die, and engines where the last push is still there for them; all else is started anew.
+    Engines that are gone for good are left out, and the others have the names that they had. Ray starts references again
+    that die, and engines where the last push is still there for them; all else is started anew.
     """
 
     parallel = config.inference_model.tensor_parallel_size
     gpus = {role: plan.gpus_per_process * (parallel if role == "inference" else 1) for role in plan.roles}
     places = reserve(config.ray, plan.nodes_of, gpus)
+    planned = named("inference", places["inference"])
+    names = supervisor.engines_of(planned)
+    places["inference"] = [planned[name] for name in names]
 
     def start(role: str, cls: type, environment: dict[str, str], *arguments) -> list[ActorHandle]:
         if role not in places:
             return []
         restarts = None
         if role == "reference" or (role == "inference" and plan.transport == "shared_memory"):
-            restarts = [supervisor.left(name) for name in named(role, places[role])]
+            restarts = [supervisor.left(name) for name in (names if role == "inference" else named(role, places[role]))]
         threads = plan.threads[role]
         return start_actors(cls, places[role], plan.device, gpus[role], threads, environment, *arguments, restarts=restarts)
 
     inference, attention = config.inference_model, config.model.attn_implementation
     spec = replace(engine_spec(config, model, plan.device), sleeps=config.colocate)
-    engines = start("inference", InferenceActor, engine_environment(spec), spec)
+    engines = dict(zip(names, start("inference", InferenceActor, engine_environment(spec), spec), strict=True))
     precision, products = config.train.mixed_precision, config.model.matmul_precision
     references = start(
         "reference",
@@ -275,10 +279,10 @@ def start_models(
     starting = named("reference", [actor.start.remote() for actor in references])
     if 0 < plan.gpus_per_process < 1:  # vLLM measures what its start takes of a GPU, and what others load would count
         join_ranks(trainers, config.ray, starting)
-        starting = named("inference", [actor.start.remote() for actor in engines])
+        starting = {name: actor.start.remote() for name, actor in engines.items()}
         get_all(starting, config.ray.start_timeout_s, "starting", "ray.start_timeout_s")
     else:
-        starting |= named("inference", [actor.start.remote() for actor in engines])
+        starting |= {name: actor.start.remote() for name, actor in engines.items()}
         join_ranks(trainers, config.ray, starting)
     return trainers, references, engines
 
@@ -291,10 +295,11 @@ def connect(
     def ask(calls: dict[str, ObjectRef], doing: str) -> list:
         return get_all(calls, timeout_s, doing)
 
-    first, actors = trainer.actors[0], engines.actors
+    first = trainer.actors[0]
     sender = next(iter(named("training", trainer.actors)))
-    dtype, *_ = ask(named("inference", [actor.weights_dtype.remote() for actor in actors]), "telling its dtype")
-    num_receivers = len(actors) * processes_per_engine
+    dtypes = {name: actor.weights_dtype.remote() for name, actor in engines.by_name.items()}
+    dtype, *_ = ask(dtypes, "telling its dtype")
+    num_receivers = len(engines.by_name) * processes_per_engine
     # Less time than the driver has: their errors say more.
     opening = {sender: first.open_pushes.remote(transport, dtype, num_receivers, 0.8 * timeout_s)}
     description, aliases, own_dtype = ask(opening, "preparing weight pushes")[0]
@@ -353,7 +358,7 @@ def start_collectors(
     plan: Plan,
     model: str,
     data: tasks.EncodedProblems,
-    engines: list[ActorHandle],
+    engines: dict[str, ActorHandle],
     references: list[ActorHandle],
     supervisor: Supervisor,
 ) -> tuple[ActorHandle, dict[str, ActorHandle], Callable[[str], ObjectRef]]:
@@ -363,18 +368,18 @@ def start_collectors(
     """
     resources = {"num_cpus": 0, "num_gpus": 0, "concurrency_groups": HEARTBEATS}
     buffer = GroupBuffer.as_remote(resources).options(resources=on_node(config.ray, plan.nodes[0])).remote()
-    shared, names = ray.put(data), list(named("inference", engines))
+    shared, nodes = ray.put(data), named("inference", plan.nodes_of["inference"])
     collector = ray.remote(**resources, max_concurrency=3)(CollectorActor)
-    lives = [supervisor.left(name) for name in named("collector", engines)]
-    actors = [
-        collector.options(resources=on_node(config.ray, node), max_restarts=left).remote(config, model, name)
-        for name, node, left in zip(names, plan.nodes_of["inference"], lives, strict=True)
-    ]
-    collectors = named("collector", actors)
-    engine_of = dict(zip(collectors, engines, strict=True))
+    engine_of = {engine.replace("inference", "collector"): engine for engine in engines}
+    collectors = {
+        name: collector.options(resources=on_node(config.ray, nodes[engine]), max_restarts=supervisor.left(name)).remote(
+            config, model, engine
+        )
+        for name, engine in engine_of.items()
+    }
 
     def start_collector(name: str) -> ObjectRef:
-        return collectors[name].start.remote(shared, engine_of[name], references, buffer)
+        return collectors[name].start.remote(shared, engines[engine_of[name]], references, buffer)
 
     starting = {name: start_collector(name) for name in collectors} | {BUFFER: buffer.look.remote()}
     get_all(starting, config.ray.start_timeout_s, "starting", "ray.start_timeout_s")

@@ -36,15 +36,17 @@ class EnginePool:
     """The inference actors.
 
     With `revive` one that has died is started again where it is, has the weights that it had, and is asked once more; where
-    that is no longer possible the others go on without it, as long as there are `min_engines`.
+    that is no longer possible the others go on without it, if `lose` says that they may.
     """
 
     def __init__(
-        self, actors: list[ActorHandle], timeout_s: float, revive: Revive | None = None, min_engines: int | None = None
+        self,
+        by_name: dict[str, ActorHandle],
+        timeout_s: float,
+        revive: Revive | None = None,
+        lose: Callable[[str], bool] = lambda name: False,
     ) -> None:
-        self.by_name: dict[str, ActorHandle] = named("inference", actors)
-        self.timeout_s, self.revive = timeout_s, revive
-        self.min_engines = len(actors) if min_engines is None else min_engines
+        self.by_name, self.timeout_s, self.revive, self.lose = by_name, timeout_s, revive, lose
         self.submitting: list[dict[str, ObjectRef]] = []
         self.running: dict[int, str] = {}  # which engine responds to a prompt that was submitted, by its id
 
@@ -71,7 +73,7 @@ class EnginePool:
         try:
             self.revive(name, self.by_name[name], error, load)
         except ActorError as gone:
-            if gone.actor != name or len(self.by_name) <= self.min_engines:
+            if gone.actor != name or not self.lose(name):
                 raise
             del self.by_name[name]
             print(f"Warning: {gone}; the run goes on with the others (ray.min_engines)", file=sys.stderr)

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -89,6 +89,8 @@ class Supervisor:
         self.at: Callable[[], int] | None = None  # the optimiser step that the run is behind, once there is one
         self.counts: Counter[str] = Counter()  # by the actors' names
         self.before: Counter[str] = Counter()  # by role, of the processes that were at this run before this one
+        self.engines: list[str] = []  # by their names, those that the run has,
+        self.gone: set[str] = set()  # and those that it goes on without
 
     @property
     def restarts(self) -> dict[str, int]:
@@ -107,6 +109,20 @@ class Supervisor:
         watched = self.watched.get(actor)
         return self.counts[actor] + (0 if watched is None else num_restarts(watched))
 
+    def engines_of(self, planned: Iterable[str]) -> list[str]:
+        """The engines to start: without those that are gone for good."""
+        self.engines = [name for name in planned if name not in self.gone]
+        return self.engines
+
+    def lose(self, actor: str) -> bool:
+        """Whether the run goes on for good without this actor: an engine, where others are left (ray.min_engines)."""
+        least = self.config.min_engines
+        if least is None or actor not in self.engines or len(self.engines) <= least:
+            return False
+        self.engines.remove(actor)
+        self.gone.add(actor)
+        return True
+
     def take_up(self, restarts: dict[str, int]) -> None:
         """Go on counting from a checkpoint's, unless its run is this process's own."""
         if not self.counts:
@@ -115,13 +131,15 @@ class Supervisor:
     def count(self, error: ActorError, kept: str) -> str:
         """The actor that `error` is of is to be started again with all others; returns the count in words.
 
-        Raises ActorError where that was done ray.max_restarts times already, with what is `kept`; and `error` itself where
-        no actor is to blame.
+        Where that was done ray.max_restarts times already, the others alone are, if the run can do without it; else raises
+        ActorError, with what is `kept`. Raises `error` itself where no actor is to blame.
         """
         if not error.actor:
             raise error
         where = f", behind step {self.at()}" if self.at else ""
         if self.counts[error.actor] >= self.most:
+            if self.lose(error.actor):
+                return f"without {error.actor} from now on, see ray.min_engines{where}"
             wrote = f"; it wrote last: {' | '.join(error.log)}" if error.log else ""
             raise ActorError(
                 f"{error}{where}{wrote}; it was started again {times(self.most)}, as often as ray.max_restarts allows; "

@@ -14,7 +14,7 @@ from grpo.config_sections import LoraConfig, ObjectiveConfig, OptimizerConfig, T
 from grpo.errors import PushError
 from grpo.inference import EngineSpec, InferenceActor
 from grpo.launch import compose
-from grpo.pools import PROBE_TOLERANCE, EnginePool, TrainerPool, WeightPush
+from grpo.pools import PROBE_TOLERANCE, EnginePool, TrainerPool, WeightPush, named
 from grpo.trainer import TrainerActor, TrainerSpec
 from grpo_utils import connect, engine_environment
 
@@ -182,7 +182,7 @@ def pair(
     starting = [actor.start.remote() for actor in actors]
     rendezvous = ray.get(trainer.open_rendezvous.remote(), timeout=TIMEOUT_S)
     ray.get([trainer.start.remote(0, 1, rendezvous, TIMEOUT_S), *starting], timeout=TIMEOUT_S)
-    pools = TrainerPool([trainer], 1, None, TIMEOUT_S), EnginePool(actors, TIMEOUT_S)
+    pools = TrainerPool([trainer], 1, None, TIMEOUT_S), EnginePool(named("inference", actors), TIMEOUT_S)
     push = connect(*pools, transport, tensor_parallel, TIMEOUT_S)
     return Pair(*pools, push, ragged_batch(model), count(1))
 

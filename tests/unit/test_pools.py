@@ -75,7 +75,7 @@ class Recorder:
 def test_prompts_go_to_the_engine_that_has_least_to_sample(monkeypatch):
     monkeypatch.setattr(pools, "get_done", lambda calls, doing, again: {})
     engines = [Recorder(), Recorder()]
-    pool = EnginePool(engines, 1.0)
+    pool = EnginePool(named("inference", engines), 1.0)
 
     def feed(*ids: int) -> list[list[int]]:
         """Which of them each engine was given."""
@@ -211,7 +211,7 @@ def of(share) -> list[int]:
 
 def test_an_engine_that_died_is_brought_back_and_asked_for_the_same_with_the_same_seed(asked):
     engines, revived = [Engine(), Engine(deaths=2)], []
-    pool = EnginePool(engines, 1.0, lambda name, actor, error, load: revived.append((name, load)))
+    pool = EnginePool(named("inference", engines), 1.0, lambda name, actor, error, load: revived.append((name, load)))
     first, second = pool.generate([[1], [2], [3]], Sampling(2, 4, 1.0), seed=5)
     assert (of(first), first[1], of(second), second[1]) == ([0, 2], 5, [1], 6)
     assert engines[1].calls == [engines[1].calls[0]] * 3
@@ -224,7 +224,7 @@ def gone(name, actor, error, load):
 
 def test_without_an_engine_that_is_gone_its_prompts_go_to_the_others(asked, capsys):
     engines = [Engine(), Engine(deaths=1), Engine()]
-    pool = EnginePool(engines, 1.0, gone, min_engines=2)
+    pool = EnginePool(named("inference", engines), 1.0, gone, lose=lambda name: name == "inference actor 1")
     answers = pool.generate([[i] for i in range(6)], Sampling(2, 4, 1.0), seed=5)
     assert [of(share) for share in answers] == [[0, 3], [2, 5], [1], [4]]
     assert "inference actor 1 died once too often; the run goes on with the others" in capsys.readouterr().err
@@ -236,20 +236,21 @@ def test_without_an_engine_that_is_gone_its_prompts_go_to_the_others(asked, caps
 
 def test_by_default_the_run_goes_on_with_all_engines_or_not_at_all(asked):
     with pytest.raises(ActorError, match=r"^inference actor 1 died once too often$"):
-        EnginePool([Engine(), Engine(deaths=1)], 1.0, gone).generate([[0], [1]], Sampling(2, 4, 1.0), seed=5)
+        pool = EnginePool(named("inference", [Engine(), Engine(deaths=1)]), 1.0, gone)
+        pool.generate([[0], [1]], Sampling(2, 4, 1.0), seed=5)
 
 
 def test_the_death_of_another_actor_is_not_the_engines(asked):
     def without_trainer(name, actor, error, load):
         raise ActorError("the training actor died", "the training actor", died=True)
 
-    pool = EnginePool([Engine(), Engine(deaths=1)], 1.0, without_trainer, min_engines=1)
+    pool = EnginePool(named("inference", [Engine(), Engine(deaths=1)]), 1.0, without_trainer, lose=lambda name: True)
     with pytest.raises(ActorError, match=r"^the training actor died$"):
         pool.generate([[0], [1]], Sampling(2, 4, 1.0), seed=5)
 
 
 def test_a_training_rank_that_dies_in_a_push_is_not_taken_for_an_engine(asked):
-    pool = EnginePool([Engine()], 1.0, lambda *arguments: None)
+    pool = EnginePool(named("inference", [Engine()]), 1.0, lambda *arguments: None)
     death = ActorError("the training actor died while pushing weights version 6", "the training actor", died=True)
     with pytest.raises(ActorError, match="the training actor died") as raised:
         pool.again("update_weights", 6, load=False)("the training actor", death)

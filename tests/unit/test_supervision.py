@@ -13,9 +13,11 @@ import pytest
 import ray
 from ray.exceptions import RayActorError
 
+import grpo_utils
 from grpo import supervision
 from grpo.config_sections import RayConfig
 from grpo.errors import ActorError
+from grpo.launch import compose
 from grpo.preemption import REQUEST, Preempted
 from grpo.supervision import Supervisor, Watch, is_at_work, role, supervised
 
@@ -51,6 +53,52 @@ def test_each_actor_is_started_again_as_often_as_allowed_and_roles_are_counted_t
     ):
         supervisor.count(died(log=("one", "two")), "checkpoint_000003 is whole")
     assert supervisor.restarts == {"inference": 3}
+
+
+def test_an_engine_whose_restarts_are_used_up_is_left_out_while_enough_are_left():
+    supervisor, planned = Supervisor(RayConfig(max_restarts=0, min_engines=1)), ["inference actor 0", "inference actor 1"]
+    assert supervisor.engines_of(planned) == planned
+    assert supervisor.count(died(), "") == "without inference actor 1 from now on, see ray.min_engines"
+    assert supervisor.engines_of(planned) == ["inference actor 0"]
+    assert supervisor.restarts == {}
+    for actor in ("training actor 1", "inference actor 0"):  # which the run cannot do without
+        with pytest.raises(ActorError, match=f"^{actor} died .* as often as ray.max_restarts allows; all is whole$"):
+            supervisor.count(died(actor), "all is whole")
+
+
+def test_by_default_no_engine_is_left_out():
+    supervisor = Supervisor(RayConfig(max_restarts=0))
+    supervisor.engines_of(["inference actor 0", "inference actor 1"])
+    assert not supervisor.lose("inference actor 1")
+    assert supervisor.engines_of(["inference actor 0", "inference actor 1"]) == ["inference actor 0", "inference actor 1"]
+
+
+@pytest.mark.parametrize("transport", ["shared_memory", "gloo"])
+def test_an_engine_that_is_gone_for_good_is_not_started_with_the_others(monkeypatch, transport):
+    """And the others keep their names, and what is left of their restarts."""
+    settings = ["ray.min_engines=1", "inference_model.num_devices=3", "ray.max_restarts=2"]
+    config, started, waited_for = compose("grpo_arithmetic", settings), {}, {}
+    supervisor = Supervisor(config.ray)
+    supervisor.gone.add("inference actor 1")
+    supervisor.counts["inference actor 2"] = 1
+
+    def start_actors(cls, places, *arguments, restarts=None):
+        started[cls.__name__] = list(places), restarts
+        return [SimpleNamespace(start=SimpleNamespace(remote=lambda place=place: f"{place} starts")) for place in places]
+
+    monkeypatch.setattr(grpo_utils, "start_actors", start_actors)
+    monkeypatch.setattr(grpo_utils, "join_ranks", lambda ranks, config, starting: waited_for.update(starting))
+    monkeypatch.setattr(
+        grpo_utils, "reserve", lambda config, nodes, gpus: {role: [*range(count)] for role, count in nodes.items()}
+    )
+    roles = {"trainer": 1, "inference": 3}
+    plan = SimpleNamespace(
+        roles=roles, nodes_of=roles, threads=dict.fromkeys(roles, 1), device="cpu", gpus_per_process=0.0, transport=transport
+    )
+    *_, engines = grpo_utils.start_models(config, plan, "model", supervisor)
+    assert list(engines) == ["inference actor 0", "inference actor 2"]
+    assert started["InferenceActor"] == ([0, 2], [2, 1] if transport == "shared_memory" else None)
+    assert waited_for == {"inference actor 0": "0 starts", "inference actor 2": "2 starts"}
 
 
 def test_an_error_that_no_actor_is_to_blame_for_ends_the_run():
@@ -90,8 +138,6 @@ class Part:
 
 @pytest.fixture
 def config():
-    from grpo.launch import compose
-
     return compose("grpo_arithmetic", ["ray.max_restarts=1"])
 
 
