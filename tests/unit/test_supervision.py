@@ -101,6 +101,37 @@ def test_an_engine_that_is_gone_for_good_is_not_started_with_the_others(monkeypa
     assert waited_for == {"inference actor 0": "0 starts", "inference actor 2": "2 starts"}
 
 
+def test_collectors_have_the_numbers_of_their_engines_and_are_on_their_nodes(monkeypatch):
+    class Actors:
+        """In the place of a remote class: an actor is what it was started with."""
+
+        def options(self, **options):
+            return SimpleNamespace(remote=lambda config, model, engine: Collector(options["resources"], engine))
+
+    class Collector(SimpleNamespace):
+        def __init__(self, node, engine):
+            start = SimpleNamespace(remote=lambda data, handle, references, buffer: (node, engine, handle))
+            super().__init__(start=start)
+
+    buffer = SimpleNamespace(look=SimpleNamespace(remote=lambda: "is there"))
+    remote_buffer = SimpleNamespace(options=lambda **options: SimpleNamespace(remote=lambda: buffer))
+    waited_for = {}
+    monkeypatch.setattr(grpo_utils.GroupBuffer, "as_remote", lambda resources: remote_buffer)
+    monkeypatch.setattr(grpo_utils.ray, "remote", lambda **options: lambda cls: Actors())
+    monkeypatch.setattr(grpo_utils.ray, "put", lambda data: data)
+    monkeypatch.setattr(grpo_utils, "on_node", lambda config, node: node)
+    monkeypatch.setattr(grpo_utils, "get_all", lambda calls, *arguments: waited_for.update(calls))
+    config, nodes = compose("grpo_arithmetic", []), ["a", "b", "c"]
+    engines = {"inference actor 0": "first", "inference actor 2": "third"}
+    plan = SimpleNamespace(nodes=nodes, nodes_of={"inference": nodes})
+    grpo_utils.start_collectors(config, plan, "model", {}, engines, [], Supervisor(config.ray))
+    assert waited_for == {
+        "collector actor 0": ("a", "inference actor 0", "first"),
+        "collector actor 2": ("c", "inference actor 2", "third"),
+        "the replay buffer actor": "is there",
+    }
+
+
 def test_an_error_that_no_actor_is_to_blame_for_ends_the_run():
     with pytest.raises(ActorError, match=r"^no batch could be made$"):
         Supervisor(RayConfig()).count(ActorError("no batch could be made"), "")
@@ -152,6 +183,28 @@ def test_a_run_goes_on_from_its_newest_checkpoint_and_a_second_death_of_another_
         "Warning: inference actor 1 died while sampling; the run goes on from checkpoint_000003 (restart 1 of at most 1)"
     )
     assert second.startswith("Warning: the reference actor died while sampling; the run goes on from checkpoint_000003")
+
+
+def test_a_run_begins_without_an_engine_that_dies_at_every_start(tmp_path, capsys):
+    config, started = (
+        compose("grpo_arithmetic", ["ray.max_restarts=1", "ray.min_engines=1", "inference_model.num_devices=2"]),
+        [],
+    )
+
+    @contextmanager
+    def build(config, run_dir, supervisor):
+        started.append(list(supervisor.engines_of(["inference actor 0", "inference actor 1"])))
+        if "inference actor 1" in started[-1]:
+            raise died()
+        yield SimpleNamespace(begin=lambda: None, finish=lambda: None)
+
+    supervised(config, tmp_path, build, lambda run: None)
+    both = ["inference actor 0", "inference actor 1"]
+    assert started == [both, both, ["inference actor 0"]]
+    assert capsys.readouterr().err.splitlines()[1] == (
+        "Warning: inference actor 1 died while sampling; the run goes on from its start "
+        "(without inference actor 1 from now on, see ray.min_engines)"
+    )
 
 
 def test_an_actor_that_dies_while_the_run_is_asked_to_end_is_not_started_again(config, tmp_path):
