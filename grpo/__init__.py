@@ -3,7 +3,8 @@
 What PUBLIC names is the Python interface (docs/python.md). Each is imported when it is asked for, so that `import grpo`
 takes no time.
 
-    the algorithm   run_sync, run_async (on run, session); collect (collector, background); replay, admission; rollout: a batch
+    the algorithm   run_sync, run_async (on run, session); collect (collector, background); replay, admission;
+                    rollout: what a batch holds
     mathematics     advantages, objectives/, intervals, adamw_8bit
     text to score   tasks/, instructions (IFEval's), rewards, shapes, grading
     models          models, adapters, four_bit, builtin
@@ -14,7 +15,8 @@ takes no time.
     configuration   config, config_sections, rules, errors, sources, launch, plan, throughput, resume, sweep
     run directory   checkpoint, metrics, account
     offline         offline, offline_config, offline_plan, offline_run, offline_trainer, scored
-    tools           doctor, evaluate (measure, comparison, standalone), generate, grade, plot, view (viewer/), transport_plot; tool
+    tools           doctor, evaluate (measure, comparison, standalone), generate, grade, plot, view (viewer/),
+                    transport_plot; on tool
     Python          interface
 """
 
