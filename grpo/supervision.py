@@ -24,13 +24,13 @@ from typing import Any
 import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
-from ray.exceptions import ActorUnavailableError, RayActorError
+from ray.exceptions import ActorUnavailableError
 
 from grpo.config_sections import RayConfig
 from grpo.errors import ActorError, times
 from grpo.leftovers import marked
 from grpo.preemption import REQUEST, Preempted, listen
-from grpo.remote import ask, get_all, wait_until_back
+from grpo.remote import DEATHS, ask, get_all, wait_until_back
 from grpo.resume import Config
 
 
@@ -246,7 +246,7 @@ class Watch:
         except ActorUnavailableError:  # Ray starts it again
             watched.pid_here, watched.call = None, ask(watched.actor)
             return
-        except RayActorError:
+        except DEATHS:
             del self.watched[name]  # whoever calls it is told so
             self.died(name)  # and what it had in hand is nobody's
             return

@@ -3,11 +3,19 @@
 from types import SimpleNamespace
 
 import pytest
-from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import (
+    ActorUnavailableError,
+    ActorUnschedulableError,
+    GetTimeoutError,
+    NodeDiedError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+)
 
 from grpo import remote
 from grpo.errors import ActorError, PushError, Restarted
-from grpo.remote import get, get_all, get_done, last_lines
+from grpo.remote import get, get_all, get_done, last_lines, wait_until_back
 
 DIED = (
     "The actor died unexpectedly before finishing this task.\n\tclass_name: TrainerActor\n\tpid: 4711\n\tip: 127.0.0.1\n"
@@ -61,6 +69,25 @@ def test_a_missed_deadline_names_the_setting_and_is_no_death():
     with pytest.raises(ActorError, match=r"^the x did not answer within 2 s while y; .* raise ray.timeout_s$") as error:
         get(Call(GetTimeoutError()), 2.0, "the x", "y")
     assert (error.value.actor, error.value.died) == ("the x", False)
+
+
+OTHER_DEATHS = [
+    (OutOfMemoryError("Its node ran\nlow on memory."), "Its node ran low on memory"),
+    (NodeDiedError("Its node is gone."), "Its node is gone"),
+    (ActorUnschedulableError("No node has room."), "The actor is not schedulable: No node has room"),
+]
+
+
+@pytest.mark.parametrize(("error", "reason"), OTHER_DEATHS)
+def test_an_actor_that_ray_itself_ended_has_died_and_is_not_waited_for(error, reason, monkeypatch):
+    with pytest.raises(ActorError) as raised:
+        get(Call(error), 1.0, "inference actor 1", "sampling")
+    assert str(raised.value) == f"inference actor 1 died while sampling: {reason}"
+    assert (raised.value.actor, raised.value.died, raised.value.log) == ("inference actor 1", True, ())
+    monkeypatch.setattr(remote, "ask", lambda actor: Call(error))
+    with pytest.raises(ActorError, match=f"^inference actor 1 died while being started again: {reason}$") as raised:
+        wait_until_back(None, "inference actor 1", 60.0)
+    assert raised.value.died
 
 
 def test_an_actor_that_was_started_again_has_died():

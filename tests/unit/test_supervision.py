@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError
 
 from grpo import supervision
 from grpo.config_sections import RayConfig
@@ -140,9 +140,10 @@ def test_silence_is_a_death_where_nothing_works(monkeypatch, at_work, killed, ca
     assert ("did not answer for 10 s" in capsys.readouterr().err) == killed
 
 
-def test_one_that_is_gone_for_good_is_told_of_and_watched_no_more(monkeypatch):
+@pytest.mark.parametrize("error", [RayActorError(), OutOfMemoryError("its node ran low on memory")])
+def test_one_that_is_gone_for_good_is_told_of_and_watched_no_more(monkeypatch, error):
     def get(call):
-        raise RayActorError
+        raise error
 
     monkeypatch.setattr(supervision, "ask", lambda actor: actor)
     monkeypatch.setattr(ray, "wait", lambda calls, timeout: (calls, []))
