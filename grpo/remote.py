@@ -98,6 +98,7 @@ def get_all(
     does not wait for them (Preempted).
     """
     waiting = {call: actor for actor, call in calls.items()}
+    answers: dict[str, Any] = {}
     deadline, in_main_thread = time.monotonic() + timeout_s, threading.current_thread() is threading.main_thread()
     while waiting:
         if in_main_thread:
@@ -115,7 +116,7 @@ def get_all(
         for call in done or list(waiting)[:1]:
             actor = waiting.pop(call)
             try:
-                get(call, timeout_s if done else 0.0, actor, doing, key)
+                answers[actor] = get(call, timeout_s if done else 0.0, actor, doing, key)
             except ActorError as error:
                 if again is None or not error.died or error.actor != actor:
                     raise
@@ -128,7 +129,7 @@ def get_all(
             except (UserError, RayTaskError):
                 _raise_a_death(waiting, doing)
                 raise
-    return ray.get(list(calls.values()))
+    return [answers[actor] for actor in calls]
 
 
 def _raise_a_death(waiting: dict[ObjectRef, str], doing: str) -> None:

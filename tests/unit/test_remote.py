@@ -126,6 +126,13 @@ def test_a_call_whose_actor_died_is_replaced_in_its_place_or_left_out():
         get_all(calls(), 1.0, "answering")
 
 
+def test_an_answer_is_fetched_once_and_never_without_a_deadline(monkeypatch):
+    fetched, ray_get = [], remote.ray.get
+    monkeypatch.setattr(remote.ray, "get", lambda call, timeout=None: (fetched.append(timeout), ray_get(call))[1])
+    assert get_all({"a": Call(1), "b": Call(2)}, 3.0, "answering") == [1, 2]
+    assert fetched == [3.0, 3.0]
+
+
 def test_calls_that_are_over_are_heard_and_a_replaced_one_is_not_waited_for(monkeypatch):
     monkeypatch.setattr(remote.ray, "wait", lambda calls, num_returns, timeout: (calls[:2], calls[2:]))
     going, forever = Call("goes on"), Call(GetTimeoutError())
