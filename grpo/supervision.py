@@ -244,6 +244,7 @@ class Watch:
         try:
             pid, node = ray.get(watched.call)
         except ActorUnavailableError:  # Ray starts it again
+            watched.pid = watched.pid or 0  # one that has not answered yet may come back as another process too
             watched.pid_here, watched.call = None, ask(watched.actor)
             return
         except DEATHS:

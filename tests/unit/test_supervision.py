@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import ray
-from ray.exceptions import OutOfMemoryError, RayActorError
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError
 
 from grpo import supervision
 from grpo.config_sections import RayConfig
@@ -153,6 +153,28 @@ def test_one_that_is_gone_for_good_is_told_of_and_watched_no_more(monkeypatch, e
     for _ in range(3):
         watch.look(1.25)
     assert died == ["inference actor 1"] and not watch.watched
+
+
+def test_a_death_before_the_first_answer_is_told_of(monkeypatch):
+    answers = [ActorUnavailableError("gone", None), (4711, "here"), (4711, "here")]
+
+    def get(call):
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(supervision, "ask", lambda actor: actor)
+    monkeypatch.setattr(ray, "wait", lambda calls, timeout: (calls, []))
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "here"))
+    died = []
+    watch = Watch({"inference actor 1": "call"}, 10.0, died.append)
+    watch.look(1.25)
+    assert died == []  # it may be on its way back
+    watch.look(1.25)
+    watch.look(1.25)
+    assert died == ["inference actor 1"] and watch.watched["inference actor 1"].pid == 4711
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="threads are looked for in /proc")
