@@ -129,10 +129,10 @@ class AsyncRun(Run):
             return
         self.engines.ask("weights_dtype", "telling whether it is there")  # which one that was just started again cannot
         # In the order of the way from prompt to buffer, so that what moves on meanwhile is seen.
-        timeout_s, doing = self.config.ray.timeout_s, "telling what it has"
+        doing = "telling what it has"
         holding = self.engines.ask("holding", doing)
         collectors = {name: actor.holding.remote() for name, actor in self.collectors.items()}
-        holding += get_all(collectors, timeout_s, doing, again=lambda name, error: None)  # what it had is lost
+        holding += self._ask(collectors, doing)  # what one that has died had is lost
         self._look()
         lost = sorted(self.admission.deadlines.keys() - self.finished.union(*holding))
         self.engines.sampled(lost)
@@ -189,7 +189,8 @@ class AsyncRun(Run):
         return super()._grading_restarts + sum(self._ask(calls, "telling how often it replaced its graders"))
 
     def _ask(self, calls: dict[str, ObjectRef], doing: str) -> list:
-        return get_all(calls, self.config.ray.timeout_s, doing)
+        """What the collectors answer; one that has died has nothing to tell."""
+        return get_all(calls, self.config.ray.timeout_s, doing, again=lambda name, error: None)
 
     def _state(self) -> dict[str, TensorDict]:
         self.progress.admission = self.admission.state

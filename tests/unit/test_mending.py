@@ -4,9 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from ray.exceptions import ActorUnavailableError
 from tensordict import TensorDict
 
-from grpo import run_async
+from grpo import remote, run_async
 from grpo.errors import ActorError
 from grpo.replay import GroupBuffer
 from grpo.run_async import AsyncRun
@@ -76,3 +77,15 @@ def test_a_group_that_comes_twice_is_in_the_buffer_once():
     buffer.extend([group(6), group(7)])
     assert sorted(buffer.look().finished) == [5, 6, 7]
     assert len(set(buffer.slots.values())) == 3
+
+
+def test_a_collector_that_died_has_nothing_to_tell_and_the_others_have(run, monkeypatch):
+    def answer(call, timeout=None):
+        if call == "dead":
+            raise ActorUnavailableError("gone", None)
+        return call
+
+    monkeypatch.setattr(run_async, "get_all", remote.get_all)
+    monkeypatch.setattr(remote.ray, "get", answer)
+    monkeypatch.setattr(remote.ray, "wait", lambda calls, timeout: (calls[:1], calls[1:]))
+    assert run._ask({"collector actor 0": "dead", "collector actor 1": "seconds"}, "telling its time") == ["seconds"]
