@@ -53,6 +53,32 @@ def test_each_actor_is_started_again_as_often_as_allowed_and_roles_are_counted_t
     assert supervisor.restarts == {"inference": 3}
 
 
+@pytest.mark.parametrize(
+    ("state", "mended", "error", "expected"),
+    [
+        ("RESTARTING", False, died(), 1),  # Ray has started it again after this very death
+        ("ALIVE", True, died(), 2),  # the run has recovered from the one before; of this one Ray does not know yet
+        ("DEAD", False, died(), 2),  # after the one before; after this one it does not
+        ("ALIVE", False, ActorError("it hangs", "inference actor 1"), 2),
+    ],
+)
+def test_a_death_is_counted_once_whether_ray_has_started_the_actor_again_or_not(monkeypatch, state, mended, error, expected):
+    told = {"NumRestarts": 1, "State": state}
+    monkeypatch.setattr(ray._private.state, "actors", lambda actor_id: told)
+    quiet = SimpleNamespace(run=lambda: None, ended=SimpleNamespace(set=lambda: None))
+    monkeypatch.setattr(supervision, "Watch", lambda *arguments: quiet)
+    monkeypatch.setattr(supervision, "wait_until_back", lambda *arguments: None)
+    monkeypatch.setattr(supervision, "get_all", lambda *arguments: None)
+    actor, supervisor = SimpleNamespace(_actor_id=b""), Supervisor(RayConfig(max_restarts=expected))
+    with supervisor.watching({"inference actor 1": actor}):
+        if mended:
+            supervisor.bring_back("inference actor 1", actor, died(), lambda: None)
+    assert supervisor.count(error, "") == f"restart {expected} of at most {expected}"
+    assert supervisor.restarts == {"inference": expected}
+    with pytest.raises(ActorError, match=r"as often as ray\.max_restarts allows"):
+        supervisor.count(error, "")
+
+
 def test_an_error_that_no_actor_is_to_blame_for_ends_the_run():
     with pytest.raises(ActorError, match=r"^no batch could be made$"):
         Supervisor(RayConfig()).count(ActorError("no batch could be made"), "")
