@@ -46,7 +46,7 @@ class Admission:
         self.next_id = 0
         self.deadlines: dict[int, int] = {}  # of the groups that are started and not yet chosen
         self.again: list[int] = []  # started by a process that ended, and to be started again
-        self.leaving: list[int] = []  # the buffer, with the batch that was chosen last
+        self.leaving: list[int] = []  # the buffer with the batch that was chosen last, and second copies of what left before
 
     @property
     def is_over(self) -> bool:
@@ -81,8 +81,8 @@ class Admission:
         for i in chosen:
             del self.deadlines[i]
         self.batch += 1
-        self.leaving = sorted(chosen)
-        return self.leaving
+        self.leaving = sorted(set(finished) - self.deadlines.keys())
+        return sorted(chosen)
 
     def of_batch(self, chosen: list[int]) -> dict[str, float]:
         """What is to be logged of the batch that was chosen last."""
@@ -154,7 +154,8 @@ class UniformAdmission(Admission):
         for i in chosen:
             self.uses[i] += 1
         self.batch += 1
-        self.leaving, self.expired = self.expired, []
+        again = set(finished) - self.deadlines.keys() - self.there.keys() - set(self.expired)
+        self.leaving, self.expired = self.expired + sorted(again), []
         return sorted(chosen)
 
     def _expire(self, ids: list[int]) -> None:

@@ -22,7 +22,7 @@ from tensordict import TensorDict
 
 from grpo.collect import Finish, PromptEnv, PromptStream, graded_turn, make_finish
 from grpo.config import RunConfig
-from grpo.errors import ActorError
+from grpo.errors import ActorError, Restarted
 from grpo.grading import grading_pool
 from grpo.metrics import Clock
 from grpo.models import load_tokenizer
@@ -69,6 +69,11 @@ class CollectorActor:
         self.sampled, self.ended = Waiting(), Event()
         self.lanes: list[tuple[BackgroundEnv, Finish]] = []
         self.in_hand: set[int] = set()  # groups that were taken and are not in the buffer
+
+    def __getattr__(self, name: str) -> None:
+        if name == "closing":  # which `start` makes: this process took the place of one that had died
+            raise Restarted
+        raise AttributeError(name)
 
     def start(self, data: EncodedProblems, engine: ActorHandle, references: list[ActorHandle], buffer: ActorHandle) -> int:
         """Start the grading processes; returns the process id. `data`: the training problems.

@@ -15,7 +15,17 @@ from typing import Any
 import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
-from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    ActorUnschedulableError,
+    GetTimeoutError,
+    NodeDiedError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 
 from grpo.errors import ActorError, Restarted, UserError, one_line
 from grpo.preemption import REQUEST
@@ -25,6 +35,8 @@ PEER_S = 5.0  # what one actor says of another's death may come before the death
 BACK_S = 0.2  # between two looks at whether an actor is back
 LOG_LINES, LOG_BYTES = 3, 4096
 HEARTBEATS = {"heartbeat": 1}  # the concurrency group, of one thread, in which an actor says that it is alive
+# What a call ends with whose actor is gone. Only the first says so by its class: Ray names others after the cause.
+DEATHS = RayActorError, OutOfMemoryError, NodeDiedError, ActorUnschedulableError
 
 # What to wait for instead of a call whose actor (its name) has died; None: nothing. Raises where the run cannot go on.
 Again = Callable[[str, ActorError], ObjectRef | None]
@@ -47,7 +59,7 @@ def get(call: Any, timeout_s: float, actor: str, doing: str, key: str = "ray.tim
         if isinstance(error.cause, UserError):
             raise error.cause from None
         raise
-    except RayActorError as error:
+    except DEATHS as error:
         raise ActorError(f"{actor} died while {doing}: {_reason(error)}", actor, last_lines(error), died=True) from None
 
 
@@ -86,6 +98,7 @@ def get_all(
     does not wait for them (Preempted).
     """
     waiting = {call: actor for actor, call in calls.items()}
+    answers: dict[str, Any] = {}
     deadline, in_main_thread = time.monotonic() + timeout_s, threading.current_thread() is threading.main_thread()
     while waiting:
         if in_main_thread:
@@ -103,7 +116,7 @@ def get_all(
         for call in done or list(waiting)[:1]:
             actor = waiting.pop(call)
             try:
-                get(call, timeout_s if done else 0.0, actor, doing, key)
+                answers[actor] = get(call, timeout_s if done else 0.0, actor, doing, key)
             except ActorError as error:
                 if again is None or not error.died or error.actor != actor:
                     raise
@@ -116,7 +129,7 @@ def get_all(
             except (UserError, RayTaskError):
                 _raise_a_death(waiting, doing)
                 raise
-    return ray.get(list(calls.values()))
+    return [answers[actor] for actor in calls]
 
 
 def _raise_a_death(waiting: dict[ObjectRef, str], doing: str) -> None:
@@ -152,7 +165,7 @@ def wait_until_back(actor: ActorHandle, name: str, timeout_s: float) -> None:
             return
         except ActorUnavailableError:
             time.sleep(BACK_S)
-        except RayActorError as error:
+        except DEATHS as error:
             raise ActorError(f"{name} died while {doing}: {_reason(error)}", name, last_lines(error), died=True) from None
         except GetTimeoutError:
             pass
@@ -163,9 +176,9 @@ def wait_until_back(actor: ActorHandle, name: str, timeout_s: float) -> None:
             )
 
 
-def _reason(error: RayActorError) -> str:
+def _reason(error: RayError) -> str:
     """Why the actor died, without Ray's list of what may be the cause of any death."""
-    if not isinstance(error, ActorDiedError):
+    if isinstance(error, RayActorError) and not isinstance(error, ActorDiedError):
         return "its process is gone"
     text = one_line(error)
     found = re.search(r"Worker exit detail: (.*)", text) or re.search(r"The actor is dead because (.*)", text)
@@ -173,7 +186,7 @@ def _reason(error: RayActorError) -> str:
     return re.split(r" (?:Some common causes include|There are some potential root causes)", text)[0].rstrip(".")[:400]
 
 
-def last_lines(error: RayActorError) -> tuple[str, ...]:
+def last_lines(error: RayError) -> tuple[str, ...]:
     """The last lines that the actor's process wrote, where its log is on this machine."""
     process = re.search(r"\bpid: (\d+)", str(error))
     node = ray._private.worker._global_node

@@ -70,21 +70,23 @@ class AsyncRun(Run):
 
     def _next_batch(self) -> TensorDict:
         with self.clock.phase("wait"):
-            timeout_s = self.config.ray.timeout_s
+            timeout_s = 2 * self.config.ray.timeout_s  # who waits for an actor itself names it first
             deadline = time.monotonic() + timeout_s
             while (chosen := self._choose()) is None:
                 REQUEST.check()
                 self._check_collectors()
-                self._mend()
+                if self._mend():
+                    deadline = time.monotonic() + timeout_s
                 if time.monotonic() > deadline:
                     raise ActorError(
-                        f"no batch could be made within {timeout_s:g} s behind step {self.progress.num_steps}: "
-                        f"{len(self.finished)} groups are finished and {self._in_flight} are being sampled or graded; if "
-                        "neither engine nor reward function hangs, raise ray.timeout_s"
+                        f"no batch could be made within {timeout_s:g} s (twice ray.timeout_s) behind step "
+                        f"{self.progress.num_steps}: {len(self.finished)} groups are finished and {self._in_flight} are "
+                        "being sampled or graded; if neither engine nor reward function hangs, raise ray.timeout_s"
                     )
                 time.sleep(POLL_S)
             leaving = self.admission.leaving
-            batch = get(self.buffer.take.remote(chosen, leaving), timeout_s, BUFFER, "giving a batch")
+            call = self.buffer.take.remote(chosen, leaving)
+            batch = get(call, self.config.ray.timeout_s, BUFFER, "giving a batch")
         self.of_batch = {"buffer/size": len(self.finished) - len(leaving), "buffer/in_flight": self._in_flight}
         self.of_batch |= self.admission.of_batch(chosen)
         dropped, self.dropped = list(self.dropped.values()), {}
@@ -123,22 +125,23 @@ class AsyncRun(Run):
         self.supervisor.fallen.add(name)  # with what it had
         return actor.run.remote()
 
-    def _mend(self) -> None:
-        """Have back what has died, and sample again what it had in hand."""
+    def _mend(self) -> bool:
+        """Have back what has died, and sample again what it had in hand; whether there was any."""
         if not self.supervisor.take_fallen():
-            return
+            return False
         self.engines.ask("weights_dtype", "telling whether it is there")  # which one that was just started again cannot
         # In the order of the way from prompt to buffer, so that what moves on meanwhile is seen.
-        timeout_s, doing = self.config.ray.timeout_s, "telling what it has"
+        doing = "telling what it has"
         holding = self.engines.ask("holding", doing)
         collectors = {name: actor.holding.remote() for name, actor in self.collectors.items()}
-        holding += get_all(collectors, timeout_s, doing, again=lambda name, error: None)  # what it had is lost
+        holding += self._ask(collectors, doing)  # what one that has died had is lost
         self._look()
         lost = sorted(self.admission.deadlines.keys() - self.finished.union(*holding))
         self.engines.sampled(lost)
         if lost:
             self._submit(lost)
             print(f"{len(lost)} groups that were in flight are sampled again", file=sys.stderr)
+        return True
 
     @property
     def push_is_due(self) -> bool:
@@ -189,7 +192,8 @@ class AsyncRun(Run):
         return super()._grading_restarts + sum(self._ask(calls, "telling how often it replaced its graders"))
 
     def _ask(self, calls: dict[str, ObjectRef], doing: str) -> list:
-        return get_all(calls, self.config.ray.timeout_s, doing)
+        """What the collectors answer; one that has died has nothing to tell."""
+        return get_all(calls, self.config.ray.timeout_s, doing, again=lambda name, error: None)
 
     def _state(self) -> dict[str, TensorDict]:
         self.progress.admission = self.admission.state

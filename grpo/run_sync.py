@@ -81,14 +81,19 @@ class SyncRun(Run):
         return collected
 
     def _wait_for_collection(self) -> tuple[TensorDict, list[list[Grade]]]:
+        timeout_s = 2 * self.config.ray.timeout_s  # who waits for an actor itself names it first
         with self.clock.phase("wait"):
-            try:
-                return self.ahead.result(self.config.ray.timeout_s)
-            except TimeoutError:
+            while True:
+                restarts = self.supervisor.restarts
+                try:
+                    return self.ahead.result(timeout_s)
+                except TimeoutError:
+                    if self.supervisor.restarts != restarts:  # it was begun again meanwhile, and so is the wait for it
+                        continue
                 raise ActorError(
-                    f"the collection behind step {self.progress.num_steps} did not end within "
-                    f"{self.config.ray.timeout_s:g} s: if neither engine nor reward function hangs, raise ray.timeout_s"
-                ) from None
+                    f"the collection behind step {self.progress.num_steps} did not end within {timeout_s:g} s (twice "
+                    "ray.timeout_s): if neither engine nor reward function hangs, raise it"
+                )
 
     def batches(self, rollouts: TensorDict) -> Iterator[TensorDict]:
         """train.epochs passes over `rollouts` [G] in optimiser batches [B]; a resumed run leaves out what it has done."""

@@ -24,13 +24,13 @@ from typing import Any
 import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
-from ray.exceptions import ActorUnavailableError, RayActorError
+from ray.exceptions import ActorUnavailableError
 
 from grpo.config_sections import RayConfig
 from grpo.errors import ActorError, times
 from grpo.leftovers import marked
 from grpo.preemption import REQUEST, Preempted, listen
-from grpo.remote import ask, get_all, wait_until_back
+from grpo.remote import DEATHS, ask, get_all, wait_until_back
 from grpo.resume import Config
 
 
@@ -88,6 +88,7 @@ class Supervisor:
         self.told: Counter[str] = Counter()  # restarts of an actor that were said
         self.at: Callable[[], int] | None = None  # the optimiser step that the run is behind, once there is one
         self.counts: Counter[str] = Counter()  # by the actors' names
+        self.mended: Counter[str] = Counter()  # of those, the ones after which the run went on
         self.before: Counter[str] = Counter()  # by role, of the processes that were at this run before this one
         self.engines: list[str] = []  # by their names, those that the run has,
         self.gone: set[str] = set()  # and those that it goes on without
@@ -107,7 +108,7 @@ class Supervisor:
     def _count(self, actor: str) -> int:
         """With how often Ray has started it again since it is watched."""
         watched = self.watched.get(actor)
-        return self.counts[actor] + (0 if watched is None else num_restarts(watched))
+        return self.counts[actor] + (0 if watched is None else life(watched)[0])
 
     def engines_of(self, planned: Iterable[str]) -> list[str]:
         """The engines to start: without those that are gone for good."""
@@ -137,7 +138,9 @@ class Supervisor:
         if not error.actor:
             raise error
         where = f", behind step {self.at()}" if self.at else ""
-        if self.counts[error.actor] >= self.most:
+        # Ray has started it again already, if only to be ended with all others.
+        counted = error.died and self.counts[error.actor] > self.mended[error.actor]
+        if not counted and self.counts[error.actor] >= self.most:
             if self.lose(error.actor):
                 return f"without {error.actor} from now on, see ray.min_engines{where}"
             wrote = f"; it wrote last: {' | '.join(error.log)}" if error.log else ""
@@ -145,7 +148,8 @@ class Supervisor:
                 f"{error}{where}{wrote}; it was started again {times(self.most)}, as often as ray.max_restarts allows; "
                 f"{kept}"
             ) from None
-        self.counts[error.actor] += 1
+        self.counts[error.actor] += not counted
+        self.mended = self.counts.copy()  # all are started again
         return f"restart {self.counts[error.actor]} of at most {self.most}{where}"
 
     def bring_back(
@@ -171,6 +175,7 @@ class Supervisor:
                 get_all({name: start()}, timeout_s, "starting", key)
                 for step in steps:
                     step()
+                self.mended[name] = self._count(name)
                 return
             except ActorError as another:
                 if not another.died or another.actor != name:
@@ -202,18 +207,22 @@ class Supervisor:
         finally:
             watch.ended.set()
             thread.join()
-            counts = {name: self._count(name) for name in actors}
             self.watched = {}
-            self.counts.update({name: count - self.counts[name] for name, count in counts.items() if count})
+            for name, actor in actors.items():
+                restarts, is_gone = life(actor)
+                self.counts += Counter({name: restarts})
+                if is_gone:  # after the last of them it was there again
+                    self.mended[name] = self.counts[name]
 
     def _heard_of_death(self, name: str) -> None:
         self.fallen.add(name)
         self.tell(name, f"{name} died")
 
 
-def num_restarts(actor: ActorHandle) -> int:
-    """How often Ray has started it again."""
-    return ray._private.state.actors(actor._actor_id.hex())["NumRestarts"]
+def life(actor: ActorHandle) -> tuple[int, bool]:
+    """How often Ray has started it again, and whether it is gone for good."""
+    told = ray._private.state.actors(actor._actor_id.hex())
+    return told["NumRestarts"], told["State"] == "DEAD"
 
 
 @dataclass
@@ -262,9 +271,10 @@ class Watch:
         try:
             pid, node = ray.get(watched.call)
         except ActorUnavailableError:  # Ray starts it again
+            watched.pid = watched.pid or 0  # one that has not answered yet may come back as another process too
             watched.pid_here, watched.call = None, ask(watched.actor)
             return
-        except RayActorError:
+        except DEATHS:
             del self.watched[name]  # whoever calls it is told so
             self.died(name)  # and what it had in hand is nobody's
             return

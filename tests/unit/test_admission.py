@@ -243,6 +243,24 @@ def test_younger_groups_take_the_room_of_the_oldest():
     assert admission.leaving == [5]
 
 
+def test_a_second_copy_of_a_group_that_has_left_leaves_with_the_next_batch():
+    admission = Admission(2, 8, 1)
+    assert admission.start() == [0, 1, 2, 3]
+    assert admission.choose([0, 1]) == admission.leaving == [0, 1]
+    assert admission.choose([1, 2, 3]) == [2, 3]
+    assert admission.leaving == [1, 2, 3]
+    admission = uniform(max_staleness=9, capacity=3, most_running=9)
+    admission.start()
+    admission.choose([5])
+    admission.choose([5, 1])
+    admission.choose([5, 1, 7, 8])
+    assert admission.leaving == [5]
+    admission.choose([1, 7, 8])
+    assert admission.leaving == []
+    admission.choose([1, 5, 7, 8])
+    assert admission.leaving == [5]
+
+
 def test_a_resumed_uniform_run_starts_what_was_never_trained_on():
     admission = uniform()
     admission.start()

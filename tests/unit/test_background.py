@@ -3,7 +3,10 @@
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from grpo.background import Waiting
+import pytest
+
+from grpo.background import CollectorActor, Waiting
+from grpo.errors import Restarted
 
 from .conftest import completions
 
@@ -35,3 +38,8 @@ def test_a_thread_that_waits_is_woken_by_what_comes():
         waiting.put(parts(7))
         assert taken.result(5).request_id.tolist() == [7]
         assert time.monotonic() - start < 5
+
+
+def test_a_collector_that_took_the_place_of_one_that_died_says_so_when_it_is_to_run():
+    with pytest.raises(Restarted):
+        CollectorActor(None, "a model", "the inference actor").run()

@@ -1,15 +1,18 @@
-"""What a dead engine or collector had in hand is sampled again, and nothing else is."""
+"""What a dead engine or collector had in hand is sampled again, and nothing else is; how long a batch is waited for."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
+from ray.exceptions import ActorUnavailableError
 from tensordict import TensorDict
 
-from grpo import run_async
+from grpo import remote, run_async
 from grpo.errors import ActorError
 from grpo.replay import GroupBuffer
 from grpo.run_async import AsyncRun
+from grpo.run_sync import SyncRun
 
 
 class Engines:
@@ -76,3 +79,74 @@ def test_a_group_that_comes_twice_is_in_the_buffer_once():
     buffer.extend([group(6), group(7)])
     assert sorted(buffer.look().finished) == [5, 6, 7]
     assert len(set(buffer.slots.values())) == 3
+
+
+@pytest.fixture
+def waiting(run, monkeypatch):
+    """A run that waits for a batch that never comes, by a clock of its own; the time that it took is `waiting.now`."""
+    run.now = 0.0
+
+    def sleep(seconds: float) -> None:
+        run.now += 0.25
+
+    monkeypatch.setattr(run_async, "time", SimpleNamespace(monotonic=lambda: run.now, sleep=sleep))
+    run.clock, run.progress = SimpleNamespace(phase=lambda name: nullcontext()), SimpleNamespace(num_steps=3)
+    run.finished, run.collecting = set(), {}
+    run._choose = lambda: None
+    return run
+
+
+@pytest.mark.parametrize(("died_at", "ended_at"), [(None, 2.25), (1.5, 3.75)])
+def test_a_batch_is_waited_for_longer_than_an_engine_and_anew_after_a_recovery(waiting, died_at, ended_at):
+    waiting.supervisor = SimpleNamespace(take_fallen=lambda: {"the inference actor"} if waiting.now == died_at else set())
+    with pytest.raises(ActorError, match=r"^no batch could be made within 2 s \(twice ray.timeout_s\) behind step 3: "):
+        waiting._next_batch()
+    assert waiting.now == ended_at
+
+
+class Ahead:
+    """A collection to come, whose waits end as they are told."""
+
+    def __init__(self, *ends) -> None:
+        self.ends, self.waited = list(ends), []
+
+    def result(self, timeout_s: float) -> str:
+        self.waited.append(timeout_s)
+        if end := self.ends.pop(0):
+            return end
+        raise TimeoutError
+
+
+@pytest.mark.parametrize(
+    ("restarts", "ends", "waited"),
+    [
+        ([0, 0], [None], 1),
+        ([0, 1, 1, 1], [None, None], 2),  # an engine was started again meanwhile
+        ([0, 1, 1, 1], [None, "collection"], 2),
+    ],
+)
+def test_a_collection_is_waited_for_longer_than_an_engine_and_anew_after_a_recovery(run, restarts, ends, waited):
+    class Counted:
+        restarts = property(lambda self: {"inference": restarts.pop(0)})
+
+    its = SyncRun.__new__(SyncRun)
+    its.config, its.supervisor, its.ahead = run.config, Counted(), Ahead(*ends)
+    its.clock, its.progress = SimpleNamespace(phase=lambda name: nullcontext()), SimpleNamespace(num_steps=3)
+    if ends[-1]:
+        assert its._wait_for_collection() == "collection"
+    else:
+        with pytest.raises(ActorError, match=r"^the collection behind step 3 did not end within 2 s \(twice ray"):
+            its._wait_for_collection()
+    assert its.ahead.waited == [2.0] * waited
+
+
+def test_a_collector_that_died_has_nothing_to_tell_and_the_others_have(run, monkeypatch):
+    def answer(call, timeout=None):
+        if call == "dead":
+            raise ActorUnavailableError("gone", None)
+        return call
+
+    monkeypatch.setattr(run_async, "get_all", remote.get_all)
+    monkeypatch.setattr(remote.ray, "get", answer)
+    monkeypatch.setattr(remote.ray, "wait", lambda calls, timeout: (calls[:1], calls[1:]))
+    assert run._ask({"collector actor 0": "dead", "collector actor 1": "seconds"}, "telling its time") == ["seconds"]

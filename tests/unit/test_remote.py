@@ -3,11 +3,19 @@
 from types import SimpleNamespace
 
 import pytest
-from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import (
+    ActorUnavailableError,
+    ActorUnschedulableError,
+    GetTimeoutError,
+    NodeDiedError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+)
 
 from grpo import remote
 from grpo.errors import ActorError, PushError, Restarted
-from grpo.remote import get, get_all, get_done, last_lines
+from grpo.remote import get, get_all, get_done, last_lines, wait_until_back
 
 DIED = (
     "The actor died unexpectedly before finishing this task.\n\tclass_name: TrainerActor\n\tpid: 4711\n\tip: 127.0.0.1\n"
@@ -63,6 +71,25 @@ def test_a_missed_deadline_names_the_setting_and_is_no_death():
     assert (error.value.actor, error.value.died) == ("the x", False)
 
 
+OTHER_DEATHS = [
+    (OutOfMemoryError("Its node ran\nlow on memory."), "Its node ran low on memory"),
+    (NodeDiedError("Its node is gone."), "Its node is gone"),
+    (ActorUnschedulableError("No node has room."), "The actor is not schedulable: No node has room"),
+]
+
+
+@pytest.mark.parametrize(("error", "reason"), OTHER_DEATHS)
+def test_an_actor_that_ray_itself_ended_has_died_and_is_not_waited_for(error, reason, monkeypatch):
+    with pytest.raises(ActorError) as raised:
+        get(Call(error), 1.0, "inference actor 1", "sampling")
+    assert str(raised.value) == f"inference actor 1 died while sampling: {reason}"
+    assert (raised.value.actor, raised.value.died, raised.value.log) == ("inference actor 1", True, ())
+    monkeypatch.setattr(remote, "ask", lambda actor: Call(error))
+    with pytest.raises(ActorError, match=f"^inference actor 1 died while being started again: {reason}$") as raised:
+        wait_until_back(None, "inference actor 1", 60.0)
+    assert raised.value.died
+
+
 def test_an_actor_that_was_started_again_has_died():
     with pytest.raises(ActorError, match=r"^the inference actor died before pushing weights version 3$") as error:
         get(Call(raised(Restarted())), 1.0, "the inference actor", "pushing weights version 3")
@@ -97,6 +124,13 @@ def test_a_call_whose_actor_died_is_replaced_in_its_place_or_left_out():
     assert list(asked) == ["a", "b"]
     with pytest.raises(ActorError, match=r"^a died while answering: its process is gone$"):
         get_all(calls(), 1.0, "answering")
+
+
+def test_an_answer_is_fetched_once_and_never_without_a_deadline(monkeypatch):
+    fetched, ray_get = [], remote.ray.get
+    monkeypatch.setattr(remote.ray, "get", lambda call, timeout=None: (fetched.append(timeout), ray_get(call))[1])
+    assert get_all({"a": Call(1), "b": Call(2)}, 3.0, "answering") == [1, 2]
+    assert fetched == [3.0, 3.0]
 
 
 def test_calls_that_are_over_are_heard_and_a_replaced_one_is_not_waited_for(monkeypatch):

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError
 
 import grpo_utils
 from grpo import supervision
@@ -132,6 +132,32 @@ def test_collectors_have_the_numbers_of_their_engines_and_are_on_their_nodes(mon
     }
 
 
+@pytest.mark.parametrize(
+    ("state", "mended", "error", "expected"),
+    [
+        ("RESTARTING", False, died(), 1),  # Ray has started it again after this very death
+        ("ALIVE", True, died(), 2),  # the run has recovered from the one before; of this one Ray does not know yet
+        ("DEAD", False, died(), 2),  # after the one before; after this one it does not
+        ("ALIVE", False, ActorError("it hangs", "inference actor 1"), 2),
+    ],
+)
+def test_a_death_is_counted_once_whether_ray_has_started_the_actor_again_or_not(monkeypatch, state, mended, error, expected):
+    told = {"NumRestarts": 1, "State": state}
+    monkeypatch.setattr(ray._private.state, "actors", lambda actor_id: told)
+    quiet = SimpleNamespace(run=lambda: None, ended=SimpleNamespace(set=lambda: None))
+    monkeypatch.setattr(supervision, "Watch", lambda *arguments: quiet)
+    monkeypatch.setattr(supervision, "wait_until_back", lambda *arguments: None)
+    monkeypatch.setattr(supervision, "get_all", lambda *arguments: None)
+    actor, supervisor = SimpleNamespace(_actor_id=b""), Supervisor(RayConfig(max_restarts=expected))
+    with supervisor.watching({"inference actor 1": actor}):
+        if mended:
+            supervisor.bring_back("inference actor 1", actor, died(), lambda: None)
+    assert supervisor.count(error, "") == f"restart {expected} of at most {expected}"
+    assert supervisor.restarts == {"inference": expected}
+    with pytest.raises(ActorError, match=r"as often as ray\.max_restarts allows"):
+        supervisor.count(error, "")
+
+
 def test_an_error_that_no_actor_is_to_blame_for_ends_the_run():
     with pytest.raises(ActorError, match=r"^no batch could be made$"):
         Supervisor(RayConfig()).count(ActorError("no batch could be made"), "")
@@ -239,9 +265,10 @@ def test_silence_is_a_death_where_nothing_works(monkeypatch, at_work, killed, ca
     assert ("did not answer for 10 s" in capsys.readouterr().err) == killed
 
 
-def test_one_that_is_gone_for_good_is_told_of_and_watched_no_more(monkeypatch):
+@pytest.mark.parametrize("error", [RayActorError(), OutOfMemoryError("its node ran low on memory")])
+def test_one_that_is_gone_for_good_is_told_of_and_watched_no_more(monkeypatch, error):
     def get(call):
-        raise RayActorError
+        raise error
 
     monkeypatch.setattr(supervision, "ask", lambda actor: actor)
     monkeypatch.setattr(ray, "wait", lambda calls, timeout: (calls, []))
@@ -251,6 +278,28 @@ def test_one_that_is_gone_for_good_is_told_of_and_watched_no_more(monkeypatch):
     for _ in range(3):
         watch.look(1.25)
     assert died == ["inference actor 1"] and not watch.watched
+
+
+def test_a_death_before_the_first_answer_is_told_of(monkeypatch):
+    answers = [ActorUnavailableError("gone", None), (4711, "here"), (4711, "here")]
+
+    def get(call):
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(supervision, "ask", lambda actor: actor)
+    monkeypatch.setattr(ray, "wait", lambda calls, timeout: (calls, []))
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "here"))
+    died = []
+    watch = Watch({"inference actor 1": "call"}, 10.0, died.append)
+    watch.look(1.25)
+    assert died == []  # it may be on its way back
+    watch.look(1.25)
+    watch.look(1.25)
+    assert died == ["inference actor 1"] and watch.watched["inference actor 1"].pid == 4711
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="threads are looked for in /proc")
