@@ -32,6 +32,7 @@ COLOCATE = "colocate=true"
 MB = 1 << 20
 
 
+@pytest.mark.slow
 def test_a_run_ends_in_the_same_weights_evaluated_and_saved_on_the_way(run_sync, monkeypatch):
     expected, slept = run_sync(*STEPS, TRANSFORMERS), []
     sleep = Turns.sleep

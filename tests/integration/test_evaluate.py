@@ -73,6 +73,7 @@ def test_the_same_seed_gives_the_same_comparison(run_sync):
     assert other != first | {"seed": 1}
 
 
+@pytest.mark.slow
 def test_prompts_of_the_users_own(run_sync, tmp_path):
     run, mine = run_sync(TRANSFORMERS), tmp_path / "mine.jsonl"
     lines = [

@@ -66,6 +66,7 @@ def test_the_policy_learns_to_rank_the_right_completion_of_held_out_prompts_firs
     assert not ray.is_initialized()
 
 
+@pytest.mark.slow
 def test_one_rank_and_two_take_the_same_step(model_path, scored, tmp_path):
     runs = [
         # 6 of a batch of 8 are filled up to 8.

@@ -300,6 +300,7 @@ def test_with_lora_the_trainer_is_its_own_reference_and_learns(run_sync):
     assert (run.run_dir / "adapter" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_fp16_writes_its_scale_with_every_step_and_trains(run_sync):
     run = run_sync("train.mixed_precision=fp16", *LORA)  # vLLM gets the merged weights
     assert all(row["train/grad_scale"] >= 1 and row["train/overflows"] in (0, 1) for row in run.metrics)

@@ -140,6 +140,7 @@ def test_the_reference_term_in_the_reward_is_taken_off_before_advantages(run_syn
     assert (plain - advantages).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 def test_accumulated_micro_batches_take_the_same_steps_as_whole_batches(run_sync):
     two_batches = (TRANSFORMERS, "train.optim_batch_size=32")
     whole = run_sync(*two_batches)
