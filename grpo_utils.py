@@ -76,8 +76,8 @@ def build(config: RunConfig, run_dir: Path, supervisor: Supervisor | None = None
         check_reward_function(grading, data["train"].problems[:group_size])
         start_ray(config.ray, sum(plan.roles.values()), closing)
         check_shared(config.ray, plan.nodes, shared_paths(config, run_dir, model))
+        closing.enter_context(supervisor.watching())
         ranks, references, actors = start_models(config, plan, model, supervisor)
-        watched = named("training", ranks) | named("reference", references) | actors
         timeout_s = config.ray.timeout_s
         engines = EnginePool(dict(actors), timeout_s, lose=supervisor.lose)
         train = config.train
@@ -115,7 +115,6 @@ def build(config: RunConfig, run_dir: Path, supervisor: Supervisor | None = None
             buffer, collectors, start_collector = start_collectors(
                 config, plan, model, data["train"], actors, references, supervisor
             )
-            watched |= {BUFFER: buffer} | collectors
             make_run = partial(
                 AsyncRun,
                 buffer=buffer,
@@ -125,7 +124,6 @@ def build(config: RunConfig, run_dir: Path, supervisor: Supervisor | None = None
                 sampling=sampling(config),
                 admission=make_admission(config),
             )
-        closing.enter_context(supervisor.watching(watched))
         log = RunLog(run_dir, config, None if resumed is None else resumed.state["log"])
         closing.callback(log.abandon)
         writer = CheckpointWriter(run_dir, train.keep_checkpoints, trainer, resumed)
@@ -276,6 +274,7 @@ def start_models(
         products,
     )
     trainers = start("trainer", TrainerActor, {}, trainer_spec)
+    supervisor.watch(named("training", trainers) | named("reference", references) | engines)
     starting = named("reference", [actor.start.remote() for actor in references])
     if 0 < plan.gpus_per_process < 1:  # vLLM measures what its start takes of a GPU, and what others load would count
         join_ranks(trainers, config.ray, starting)
@@ -377,6 +376,7 @@ def start_collectors(
         )
         for name, engine in engine_of.items()
     }
+    supervisor.watch({BUFFER: buffer} | collectors)
 
     def start_collector(name: str) -> ObjectRef:
         return collectors[name].start.remote(shared, engines[engine_of[name]], references, buffer)

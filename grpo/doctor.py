@@ -112,8 +112,9 @@ class Doctor:
         from grpo.supervision import Supervisor
         from grpo_utils import start_models
 
-        start = time.monotonic()
-        self.ranks, _, self.engines = start_models(self.config, self.plan, str(self.folder), Supervisor(self.config.ray))
+        start, supervisor = time.monotonic(), Supervisor(self.config.ray)
+        self.closing.enter_context(supervisor.watching())
+        self.ranks, _, self.engines = start_models(self.config, self.plan, str(self.folder), supervisor)
         backend = self.config.inference_model.backend
         return (
             f"{backend} and {len(self.ranks)} training ranks on {self.plan.device}, up in {time.monotonic() - start:.0f} s"

@@ -45,8 +45,8 @@ def build(config: OfflineConfig, run_dir: Path, supervisor: Supervisor | None = 
             check_resume(resumed, config, train, num_steps)
         start_ray(config.ray, config.train_model.num_devices, closing)
         check_shared(config.ray, plan.nodes, [str(run_dir), *([model] if os.path.isdir(model) else [])])
-        ranks, timeout_s = start_ranks(config, plan, model), config.ray.timeout_s
-        closing.enter_context(supervisor.watching(named("training", ranks)))
+        closing.enter_context(supervisor.watching())
+        ranks, timeout_s = start_ranks(config, plan, model, supervisor), config.ray.timeout_s
         trainer = OfflineTrainerPool(ranks, config.train.gradient_accumulation_steps, None, timeout_s)
         position = None if resumed is None else resumed.state["log"]
         log = RunLog(run_dir, config, position, num_steps, (METRICS_FILE,))
@@ -102,7 +102,7 @@ def check_resume(checkpoint: Checkpoint, config: OfflineConfig, train: EncodedGr
         )
 
 
-def start_ranks(config: OfflineConfig, plan: OfflinePlan, model: str) -> list[ActorHandle]:
+def start_ranks(config: OfflineConfig, plan: OfflinePlan, model: str, supervisor: Supervisor) -> list[ActorHandle]:
     """Start the training ranks and wait until each has its model."""
     spec = TrainerSpec(
         model=model,
@@ -121,5 +121,6 @@ def start_ranks(config: OfflineConfig, plan: OfflinePlan, model: str) -> list[Ac
     gpus, nodes = plan.gpus_per_process, [plan.nodes[i] for i in plan.places["trainer"]]
     places = reserve(config.ray, {"trainer": nodes}, {"trainer": gpus})["trainer"]
     ranks = start_actors(OfflineTrainerActor, places, plan.device, gpus, plan.threads, {}, spec)
+    supervisor.watch(named("training", ranks))
     join_ranks(ranks, config.ray)
     return ranks

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from ray import ObjectRef
 from ray.actor import ActorHandle
+from ray.exceptions import RayTaskError
 from tensordict import TensorDict
 
 from grpo.errors import ActorError, PushError
 from grpo.inference import Request, Sampling
-from grpo.remote import Again, get, get_all, get_done, wait_until_back
+from grpo.remote import Again, ask, get, get_all, get_done, wait_until_back
 from grpo.rollout import Completions
 from grpo.weight_sync import Sent, verify
 
@@ -304,6 +305,11 @@ class TrainerPool:
         """Log-probs of `tokens` under the current weights, to come, by the ranks' names."""
         return named("training", submit(self.actors, "probe", [(tokens,)] * len(self.actors), self.order))
 
+    def check_alive(self) -> None:
+        """Raise ActorError where a rank has died."""
+        calls = named("training", [ask(actor) for actor in self.actors])
+        get_all(calls, self.timeout_s, "sharing its weights")
+
     def save(self, path: Path) -> dict:
         """Copy the ranks' state and have it written to the directory `path` beside training; returns its numbers."""
         return self._all("save", (path,), "copying its state")[0]
@@ -363,7 +369,11 @@ class WeightPush:
 
         In shared memory alone that is still there.
         """
-        get(self.join(engine), self.timeout_s, engine, "joining pushes again")
+        try:
+            get(self.join(engine), self.timeout_s, engine, "joining pushes again")
+        except RayTaskError:  # what is shared is gone with the rank that shares it
+            self.trainer.check_alive()
+            raise
         if load and self.before is not None:
             version = self.before.version
             call = self.engines.by_name[engine].update_weights.remote(version)

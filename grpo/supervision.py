@@ -84,6 +84,7 @@ class Supervisor:
     def __init__(self, config: RayConfig) -> None:
         self.config, self.most = config, config.max_restarts
         self.watched: dict[str, ActorHandle] = {}
+        self._watch: Watch | None = None
         self.fallen: set[str] = set()
         self.told: Counter[str] = Counter()  # restarts of an actor that were said
         self.at: Callable[[], int] | None = None  # the optimiser step that the run is behind, once there is one
@@ -149,7 +150,7 @@ class Supervisor:
                 f"{kept}"
             ) from None
         self.counts[error.actor] += not counted
-        self.mended = self.counts.copy()  # all are started again
+        self.mended, self.told = self.counts.copy(), self.counts.copy()  # all are started again, and that is said
         return f"restart {self.counts[error.actor]} of at most {self.most}{where}"
 
     def bring_back(
@@ -196,23 +197,28 @@ class Supervisor:
         return fallen
 
     @contextmanager
-    def watching(self, actors: dict[str, ActorHandle]) -> Iterator[None]:
-        """Have these actors, by their names, asked for heartbeats meanwhile."""
-        self.watched, self.fallen = actors, set()
-        watch = Watch(actors, self.config.heartbeat_timeout_s, self._heard_of_death)
-        thread = threading.Thread(target=watch.run, name="watch", daemon=True)
+    def watching(self) -> Iterator[None]:
+        """Have the actors that are given to `watch` asked for heartbeats meanwhile."""
+        self.watched, self.fallen = {}, set()
+        self._watch = Watch(self.config.heartbeat_timeout_s, self._heard_of_death)
+        thread = threading.Thread(target=self._watch.run, name="watch", daemon=True)
         thread.start()
         try:
             yield
         finally:
-            watch.ended.set()
+            self._watch.ended.set()
             thread.join()
-            self.watched = {}
-            for name, actor in actors.items():
+            watched, self.watched = self.watched, {}
+            for name, actor in watched.items():
                 restarts, is_gone = life(actor)
                 self.counts += Counter({name: restarts})
                 if is_gone:  # after the last of them it was there again
                     self.mended[name] = self.counts[name]
+
+    def watch(self, actors: dict[str, ActorHandle]) -> None:
+        """Have these actors, by their names, watched from now on; they may be starting yet."""
+        self.watched = self.watched | actors
+        self._watch.add(actors)
 
     def _heard_of_death(self, name: str) -> None:
         self.fallen.add(name)
@@ -222,6 +228,8 @@ class Supervisor:
 def life(actor: ActorHandle) -> tuple[int, bool]:
     """How often Ray has started it again, and whether it is gone for good."""
     told = ray._private.state.actors(actor._actor_id.hex())
+    if not told:  # it was not even begun with
+        return 0, False
     return told["NumRestarts"], told["State"] == "DEAD"
 
 
@@ -239,13 +247,17 @@ class Watched:
 class Watch:
     """Kills the process of an actor that does not answer for `timeout_s` seconds, so that every wait for it ends.
 
-    `died` is called with the name of one that is gone, or answers from another process than before.
+    One that is not there yet is waited for by whoever starts it. `died` is called with the name of one that is gone, or
+    answers from another process than before.
     """
 
-    def __init__(self, actors: dict[str, ActorHandle], timeout_s: float, died: Callable[[str], None]) -> None:
+    def __init__(self, timeout_s: float, died: Callable[[str], None]) -> None:
         self.timeout_s, self.interval_s, self.died = timeout_s, min(2.0, timeout_s / 8), died
-        self.watched = {name: Watched(actor, ask(actor)) for name, actor in actors.items()}
+        self.watched: dict[str, Watched] = {}
         self.ended = threading.Event()
+
+    def add(self, actors: dict[str, ActorHandle]) -> None:
+        self.watched |= {name: Watched(actor, ask(actor)) for name, actor in actors.items()}
 
     def run(self) -> None:
         before = time.monotonic()
@@ -261,7 +273,7 @@ class Watch:
             if ray.wait([watched.call], timeout=0)[0]:
                 self._hear(name, watched)
                 continue
-            if not is_at_work(watched.pid_here):
+            if watched.pid is not None and not is_at_work(watched.pid_here):
                 watched.silent_s += passed_s
             if watched.silent_s >= self.timeout_s:
                 self._kill(name, watched)

@@ -36,6 +36,7 @@ NAMES = {
 ROLES = {"sync": ["inference", "reference", "training", "grading"]}
 ROLES["async"] = [*ROLES["sync"], "collector", "replay buffer"]
 LONGEST_DELAY_S = 0.2
+LOOK_S = 0.1
 
 
 @dataclass
@@ -53,7 +54,7 @@ class Fault:
 
 @dataclass
 class Faults:
-    """To be installed before the run."""
+    """To be installed before the run; what has not struck when the test ends does so no more."""
 
     faults: list[Fault]
     rng: random.Random = field(default_factory=lambda: random.Random(0))
@@ -75,6 +76,7 @@ class Faults:
             self._look(its.supervisor.restarts)
 
         monkeypatch.setattr(run, "step", stepped)
+        self.is_over = lambda: run.step is not stepped
 
     def _wrapped(self, original, phase: str):
         @functools.wraps(original)
@@ -88,10 +90,13 @@ class Faults:
         return entered
 
     def _strike(self, fault: Fault) -> None:
-        victims = processes(fault.role)
-        if victims:
-            fault.struck_s, fault.restarts = time.monotonic(), self.restarts.get(fault.role, 0)
-            os.kill(self.rng.choice(victims).pid, fault.signal)
+        while not self.is_over():
+            victims = processes(fault.role)
+            if victims:
+                fault.struck_s, fault.restarts = time.monotonic(), self.restarts.get(fault.role, 0)
+                os.kill(self.rng.choice(victims).pid, fault.signal)
+                return
+            time.sleep(LOOK_S)  # another fault's recovery has all of them started again
 
     def _look(self, restarts: dict[str, int]) -> None:
         self.restarts = restarts

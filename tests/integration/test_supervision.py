@@ -28,6 +28,7 @@ from .test_async import ASYNC, each_group_once
 from .test_resume import ROOT, STEPS, TRANSFORMERS, Process, check_same
 
 HEARTBEAT = "ray.heartbeat_timeout_s=2"
+START = "ray.start_timeout_s=60"  # within which an actor that is stopped before its first heartbeat is found out
 DYING = "GRPO_TEST_DYING"  # names the file at whose presence InferenceDying dies
 
 
@@ -39,12 +40,12 @@ MOMENTS = {
 
 
 def run_sync_disturbed(run_dir: Path) -> Finished:
-    grpo_sync.main(compose("grpo_arithmetic", [*SMALL, *STEPS, TRANSFORMERS, HEARTBEAT]), run_dir)
+    grpo_sync.main(compose("grpo_arithmetic", [*SMALL, *STEPS, TRANSFORMERS, HEARTBEAT, START]), run_dir)
     return Finished(run_dir)
 
 
 def run_async_disturbed(run_dir: Path) -> Finished:
-    settings = [TRANSFORMERS, HEARTBEAT, "train.max_staleness=2", "train.checkpoint_frequency=2"]
+    settings = [TRANSFORMERS, HEARTBEAT, START, "train.max_staleness=2", "train.checkpoint_frequency=2"]
     grpo_async.main(compose("grpo_arithmetic", [*SMALL, *ASYNC, *settings]), run_dir)
     return Finished(run_dir)
 
@@ -61,7 +62,7 @@ def check_each_trained_once(run: Finished) -> None:
 
 def check_recovered(run: Finished, faults: list[Fault]) -> None:
     """All struck, none was waited for until ray.timeout_s, and no grader was replaced that nothing had happened to."""
-    ray = compose("grpo_arithmetic", [HEARTBEAT]).ray
+    ray = compose("grpo_arithmetic", [HEARTBEAT, START]).ray
     most_s = ray.heartbeat_timeout_s + ray.start_timeout_s  # until it is found out, and until all actors are up again
     assert most_s < ray.timeout_s
     assert all(fault.struck_s is not None for fault in faults)
@@ -75,9 +76,9 @@ def test_a_synchronous_run_whose_actors_die_and_hang_ends_in_the_same_weights(ru
     faults = Faults(
         [
             Fault("generate", 2, "inference", SIGKILL),
-            Fault("train", 7, "training", SIGSTOP),
+            Fault("reference", 2, "reference", SIGSTOP),  # before the last collection, which cannot do without it
             Fault("grade", 4, "grading", SIGKILL),
-            Fault("reference", 3, "reference", SIGSTOP),
+            Fault("train", 11, "training", SIGSTOP),
         ]
     )
     faults.install(monkeypatch)

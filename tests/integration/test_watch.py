@@ -80,7 +80,8 @@ def started():
 def test_long_work_is_no_silence_and_a_stopped_process_is_killed_and_started_again(started, capsys):
     actors, pids = started
     supervisor = Supervisor(CONFIG)
-    with supervisor.watching(actors):
+    with supervisor.watching():
+        supervisor.watch(actors)
         calls = [actor.work.remote(3 * TIMEOUT_S) for actor in actors.values()]
         assert ray.get(calls) == list(pids.values())
         assert supervisor.restarts == {} and capsys.readouterr().err == ""

@@ -8,12 +8,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from ray.exceptions import RayTaskError
 from tensordict import TensorDict
 
 from grpo import pools
 from grpo.errors import ActorError
 from grpo.inference import Sampling
-from grpo.pools import EnginePool, ReferencePool, named, split_rows, submit
+from grpo.pools import EnginePool, ReferencePool, TrainerPool, WeightPush, named, split_rows, submit
 
 
 @pytest.mark.parametrize(("ranks", "micro_batches"), [(1, 1), (1, 4), (2, 1), (2, 4), (4, 2)])
@@ -255,3 +256,30 @@ def test_a_training_rank_that_dies_in_a_push_is_not_taken_for_an_engine(asked):
     with pytest.raises(ActorError, match="the training actor died") as raised:
         pool.again("update_weights", 6, load=False)("the training actor", death)
     assert raised.value is death
+
+
+def test_an_engine_that_finds_no_weights_since_the_rank_that_shared_them_is_dead_says_so(monkeypatch):
+    """The engine's own words, `unable to open file`, would end the run; a rank's death does not."""
+    alive, asked = [True], []
+
+    def get(call, *arguments):
+        raise RayTaskError("connect", "unable to open file", RuntimeError())
+
+    def get_all(calls, timeout_s, doing):
+        asked.extend(calls)
+        if not alive[0]:
+            raise ActorError(f"the training actor died while {doing}", "the training actor", died=True)
+
+    monkeypatch.setattr(pools, "get", get)
+    monkeypatch.setattr(pools, "get_all", get_all)
+    monkeypatch.setattr(pools, "ask", lambda actor: actor)
+    trainer = TrainerPool(["rank"], 1, None, 1.0)
+    push = WeightPush(
+        trainer, EnginePool({"the inference actor": None}, 1.0), {}, "float32", 1.0, join=lambda engine: engine
+    )
+    with pytest.raises(RayTaskError):
+        push.repeat("the inference actor", load=False)
+    alive[0] = False
+    with pytest.raises(ActorError, match="^the training actor died while sharing its weights$"):
+        push.repeat("the inference actor", load=False)
+    assert asked == ["the training actor"] * 2

@@ -77,7 +77,7 @@ def test_by_default_no_engine_is_left_out():
 def test_an_engine_that_is_gone_for_good_is_not_started_with_the_others(monkeypatch, transport):
     """And the others keep their names, and what is left of their restarts."""
     settings = ["ray.min_engines=1", "inference_model.num_devices=3", "ray.max_restarts=2"]
-    config, started, waited_for = compose("grpo_arithmetic", settings), {}, {}
+    config, started, waited_for, watched = compose("grpo_arithmetic", settings), {}, {}, {}
     supervisor = Supervisor(config.ray)
     supervisor.gone.add("inference actor 1")
     supervisor.counts["inference actor 2"] = 1
@@ -95,8 +95,10 @@ def test_an_engine_that_is_gone_for_good_is_not_started_with_the_others(monkeypa
     plan = SimpleNamespace(
         roles=roles, nodes_of=roles, threads=dict.fromkeys(roles, 1), device="cpu", gpus_per_process=0.0, transport=transport
     )
+    monkeypatch.setattr(supervisor, "watch", watched.update)
     *_, engines = grpo_utils.start_models(config, plan, "model", supervisor)
     assert list(engines) == ["inference actor 0", "inference actor 2"]
+    assert watched.keys() == engines.keys() | {"the training actor"}
     assert started["InferenceActor"] == ([0, 2], [2, 1] if transport == "shared_memory" else None)
     assert waited_for == {"inference actor 0": "0 starts", "inference actor 2": "2 starts"}
 
@@ -124,7 +126,10 @@ def test_collectors_have_the_numbers_of_their_engines_and_are_on_their_nodes(mon
     config, nodes = compose("grpo_arithmetic", []), ["a", "b", "c"]
     engines = {"inference actor 0": "first", "inference actor 2": "third"}
     plan = SimpleNamespace(nodes=nodes, nodes_of={"inference": nodes})
-    grpo_utils.start_collectors(config, plan, "model", {}, engines, [], Supervisor(config.ray))
+    supervisor, watched = Supervisor(config.ray), {}
+    monkeypatch.setattr(supervisor, "watch", watched.update)
+    grpo_utils.start_collectors(config, plan, "model", {}, engines, [], supervisor)
+    assert watched.keys() == waited_for.keys()
     assert waited_for == {
         "collector actor 0": ("a", "inference actor 0", "first"),
         "collector actor 2": ("c", "inference actor 2", "third"),
@@ -144,18 +149,32 @@ def test_collectors_have_the_numbers_of_their_engines_and_are_on_their_nodes(mon
 def test_a_death_is_counted_once_whether_ray_has_started_the_actor_again_or_not(monkeypatch, state, mended, error, expected):
     told = {"NumRestarts": 1, "State": state}
     monkeypatch.setattr(ray._private.state, "actors", lambda actor_id: told)
-    quiet = SimpleNamespace(run=lambda: None, ended=SimpleNamespace(set=lambda: None))
+    quiet = SimpleNamespace(run=lambda: None, add=lambda actors: None, ended=SimpleNamespace(set=lambda: None))
     monkeypatch.setattr(supervision, "Watch", lambda *arguments: quiet)
     monkeypatch.setattr(supervision, "wait_until_back", lambda *arguments: None)
     monkeypatch.setattr(supervision, "get_all", lambda *arguments: None)
     actor, supervisor = SimpleNamespace(_actor_id=b""), Supervisor(RayConfig(max_restarts=expected))
-    with supervisor.watching({"inference actor 1": actor}):
+    with supervisor.watching():
+        supervisor.watch({"inference actor 1": actor})
         if mended:
             supervisor.bring_back("inference actor 1", actor, died(), lambda: None)
     assert supervisor.count(error, "") == f"restart {expected} of at most {expected}"
     assert supervisor.restarts == {"inference": expected}
     with pytest.raises(ActorError, match=r"as often as ray\.max_restarts allows"):
         supervisor.count(error, "")
+
+
+def test_only_what_ray_starts_again_is_said_to_be(monkeypatch, capsys):
+    """A training rank has been started again with all others; of its next death the watch says nothing like it."""
+    monkeypatch.setattr(ray._private.state, "actors", lambda actor_id: {"NumRestarts": 0, "State": "DEAD"})
+    supervisor, actor = Supervisor(RayConfig()), SimpleNamespace(_actor_id=b"")
+    supervisor.count(died("the training actor"), "")
+    supervisor.watched = {"the training actor": actor}
+    supervisor._heard_of_death("the training actor")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(ray._private.state, "actors", lambda actor_id: {"NumRestarts": 1, "State": "ALIVE"})
+    supervisor._heard_of_death("the training actor")
+    assert "(restart 2 of at most 3)" in capsys.readouterr().err
 
 
 def test_an_error_that_no_actor_is_to_blame_for_ends_the_run():
@@ -253,8 +272,12 @@ def test_silence_is_a_death_where_nothing_works(monkeypatch, at_work, killed, ca
     monkeypatch.setattr(supervision, "is_at_work", lambda pid: at_work)
     struck = []
     monkeypatch.setattr(supervision.os, "kill", lambda *arguments: struck.append(arguments))
-    watch = Watch({"the training actor": "call"}, 10.0, print)
-    watch.watched["the training actor"].pid_here = 4711
+    watch = Watch(10.0, print)
+    watch.add({"the training actor": "call"})
+    for _ in range(40):
+        watch.look(1.25)
+    assert not struck  # it has not answered yet, and whoever starts it waits for that
+    watch.watched["the training actor"].pid = watch.watched["the training actor"].pid_here = 4711
     assert watch.interval_s == 1.25
     for _ in range(8):
         assert not struck
@@ -274,7 +297,8 @@ def test_one_that_is_gone_for_good_is_told_of_and_watched_no_more(monkeypatch, e
     monkeypatch.setattr(ray, "wait", lambda calls, timeout: (calls, []))
     monkeypatch.setattr(ray, "get", get)
     died = []
-    watch = Watch({"inference actor 1": "call"}, 10.0, died.append)
+    watch = Watch(10.0, died.append)
+    watch.add({"inference actor 1": "call"})
     for _ in range(3):
         watch.look(1.25)
     assert died == ["inference actor 1"] and not watch.watched
@@ -294,7 +318,8 @@ def test_a_death_before_the_first_answer_is_told_of(monkeypatch):
     monkeypatch.setattr(ray, "get", get)
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "here"))
     died = []
-    watch = Watch({"inference actor 1": "call"}, 10.0, died.append)
+    watch = Watch(10.0, died.append)
+    watch.add({"inference actor 1": "call"})
     watch.look(1.25)
     assert died == []  # it may be on its way back
     watch.look(1.25)
