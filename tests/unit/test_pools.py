@@ -280,6 +280,6 @@ def test_an_engine_that_finds_no_weights_since_the_rank_that_shared_them_is_dead
     with pytest.raises(RayTaskError):
         push.repeat("the inference actor", load=False)
     alive[0] = False
-    with pytest.raises(ActorError, match="^the training actor died while sharing its weights$"):
+    with pytest.raises(ActorError, match=r"^the training actor died while sharing its weights$"):
         push.repeat("the inference actor", load=False)
     assert asked == ["the training actor"] * 2
