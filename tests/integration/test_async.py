@@ -37,7 +37,7 @@ def each_group_once(run: Finished, num_groups: int) -> bool:
     return Counter(line["group_id"] for line in run.rollouts) == Counter({i: 8 for i in range(num_groups)})
 
 
-@pytest.mark.parametrize("setting", ["inference_model.backend=vllm", pytest.param(TRANSFORMERS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("setting", [TRANSFORMERS, pytest.param("inference_model.backend=vllm", marks=pytest.mark.slow)])
 def test_a_bound_of_0_gives_exactly_the_synchronous_steps(run_async, run_sync, setting):
     sizes = ["train.total_dialog_turns=256", "train.dialog_turns_per_batch=128", setting]
     run = run_async(*sizes, "train.max_staleness=0")

@@ -35,7 +35,7 @@ def evaluate(run: Finished, *arguments: str) -> tuple[dict, subprocess.Completed
     return json.loads((run.run_dir / "comparison.json").read_text()), ended
 
 
-@pytest.mark.parametrize("backend", ["vllm", pytest.param("transformers", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["transformers", pytest.param("vllm", marks=pytest.mark.slow)])
 def test_before_and_after_are_those_that_the_run_measured(run_sync, backend):
     run = run_sync(f"inference_model.backend={backend}")
     found, ended = evaluate(run, "k=4")
