@@ -50,9 +50,7 @@ def get(call: Any, timeout_s: float, actor: str, doing: str, key: str = "ray.tim
     try:
         return ray.get(call, timeout=timeout_s)
     except GetTimeoutError:
-        raise ActorError(
-            f"{actor} did not answer within {timeout_s:g} s while {doing}; if that is no hang, raise {key}", actor
-        ) from None
+        raise _late(actor, timeout_s, doing, key) from None
     except RayTaskError as error:
         if isinstance(error.cause, Restarted):
             raise ActorError(f"{actor} died before {doing}", actor, died=True) from None
@@ -61,6 +59,10 @@ def get(call: Any, timeout_s: float, actor: str, doing: str, key: str = "ray.tim
         raise
     except DEATHS as error:
         raise ActorError(f"{actor} died while {doing}: {_reason(error)}", actor, last_lines(error), died=True) from None
+
+
+def _late(actor: str, timeout_s: float, doing: str, key: str) -> ActorError:
+    return ActorError(f"{actor} did not answer within {timeout_s:g} s while {doing}; if that is no hang, raise {key}", actor)
 
 
 def get_done(calls: dict[str, ObjectRef], doing: str, again: Again | None = None) -> dict[str, ObjectRef]:
@@ -111,12 +113,14 @@ def get_all(
             REQUEST.raise_if_too_late()
         if can_be_left:
             REQUEST.check()
-        if not done and time.monotonic() < deadline:
-            continue
-        for call in done or list(waiting)[:1]:
+        if not done:
+            if time.monotonic() < deadline:
+                continue
+            raise _late(next(iter(waiting.values())), timeout_s, doing, key)
+        for call in done:
             actor = waiting.pop(call)
             try:
-                answers[actor] = get(call, timeout_s if done else 0.0, actor, doing, key)
+                answers[actor] = get(call, timeout_s, actor, doing, key)
             except ActorError as error:
                 if again is None or not error.died or error.actor != actor:
                     raise
@@ -170,10 +174,7 @@ def wait_until_back(actor: ActorHandle, name: str, timeout_s: float) -> None:
         except GetTimeoutError:
             pass
         if time.monotonic() > deadline:
-            raise ActorError(
-                f"{name} did not answer within {timeout_s:g} s while {doing}; if that is no hang, raise ray.start_timeout_s",
-                name,
-            )
+            raise _late(name, timeout_s, doing, "ray.start_timeout_s")
 
 
 def _reason(error: RayError) -> str:

@@ -63,7 +63,8 @@ def check_each_trained_once(run: Finished) -> None:
 def check_recovered(run: Finished, faults: list[Fault]) -> None:
     """All struck, none was waited for until ray.timeout_s, and no grader was replaced that nothing had happened to."""
     ray = compose("grpo_arithmetic", [HEARTBEAT, START]).ray
-    most_s = ray.heartbeat_timeout_s + ray.start_timeout_s  # until it is found out, and until all actors are up again
+    # Until it is found out, and until all actors are up again; twice, for one that is struck while that goes on.
+    most_s = 2 * (ray.heartbeat_timeout_s + ray.start_timeout_s)
     assert most_s < ray.timeout_s
     assert all(fault.struck_s is not None for fault in faults)
     assert max((fault.recovery_s for fault in faults if fault.recovery_s is not None), default=0.0) <= most_s

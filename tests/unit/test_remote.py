@@ -71,6 +71,15 @@ def test_a_missed_deadline_names_the_setting_and_is_no_death():
     assert (error.value.actor, error.value.died) == ("the x", False)
 
 
+def test_of_several_the_first_that_is_late_is_named_with_the_whole_deadline(monkeypatch):
+    late = Call(2)
+    monkeypatch.setattr(
+        remote.ray, "wait", lambda calls, timeout: ([], calls) if calls == [late] else (calls[:1], calls[1:])
+    )
+    with pytest.raises(ActorError, match=r"^b did not answer within 0.05 s while starting; .* raise ray.start_timeout_s$"):
+        get_all({"a": Call(1), "b": late}, 0.05, "starting", "ray.start_timeout_s")
+
+
 OTHER_DEATHS = [
     (OutOfMemoryError("Its node ran\nlow on memory."), "Its node ran low on memory"),
     (NodeDiedError("Its node is gone."), "Its node is gone"),
