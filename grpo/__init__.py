@@ -15,7 +15,7 @@ takes no time.
     configuration   config, config_sections, rules, errors, sources, launch, plan, throughput, resume, sweep
     run directory   checkpoint, metrics, account
     offline         offline, offline_config, offline_plan, offline_run, offline_trainer, scored
-    tools           doctor, evaluate (measure, comparison, standalone), generate, grade, plot, view (viewer/),
+    tools           doctor, evaluate (measure, comparison, standalone), generate, grade, export, plot, view (viewer/),
                     transport_plot; on tool
     Python          interface
 """

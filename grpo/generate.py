@@ -4,8 +4,8 @@
     python -m grpo.generate [model=RUN_OR_PATH]
     python -m grpo.generate [model=RUN_OR_PATH] prompts=FILE [out=FILE.jsonl]
 
-model         a run's directory, whose model/ is asked as its task asks, or a path or hub name with env.dataset=NAME;
-              the newest run under outputs/ that has a model by default
+model         a run's directory, whose model/ is asked as its task asks, another model in it (best/), or a path or hub
+              name with env.dataset=NAME; the newest run under outputs/ that has a model by default
 prompts       a prompt a line; of FILE.jsonl an object a line with a text `prompt` or `question`
 out           the objects with `response`, `parsed` and `finished` (it ended by itself, not at its token budget), as
               grpo.grade reads them; without it they are printed
@@ -91,12 +91,12 @@ def configure(typed: str | None, overrides: dict[str, str]) -> tuple[RunConfig, 
     """The configuration to ask with, and the model's path or hub name."""
     if typed is None:
         typed = str(find_run(None, "model"))
-    path = Path(typed)
-    run = path.parent if path.name == "model" and not (path / CONFIG).is_file() else path
-    config, model = None, typed
-    if (run / CONFIG).is_file():
-        model = str(find_run(str(run), "model") / "model")
-        config = read_config(run)
+    path, config, model = Path(typed), None, typed
+    if (path / CONFIG).is_file():
+        model = str(find_run(typed, "model") / "model")
+        config = read_config(path)
+    elif (path.parent / CONFIG).is_file():  # model/ of a run, or what grpo.export wrote there
+        config = read_config(path.parent)
     if not isinstance(config, RunConfig):  # no run, or an offline one, which has no task
         config = shipped_config(overrides)
     changed = OmegaConf.structured(config)

@@ -3,7 +3,9 @@
 torch.distributed.checkpoint writes and reads them, in safetensors, so that another number of ranks can read them too.
 """
 
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -58,6 +60,22 @@ def load(model: torch.nn.Module, optimizer: torch.optim.Optimizer, path: Path, g
         torch.set_rng_state(generators["cpu"])
     if "cuda" in generators:
         torch.cuda.set_rng_state(generators["cuda"])
+
+
+def load_weights(model: torch.nn.Module, path: Path) -> None:
+    """Restore in place the trained parameters that `save` wrote, of a model that is not sharded. A collective."""
+    state = {f"model.{name}": parameter.detach() for name, parameter in _trained(model)}
+    dcp.load(state, storage_reader=HuggingFaceStorageReader(str(path)))
+
+
+@contextmanager
+def one_process() -> Iterator[None]:
+    """Have collectives run within this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def _trained(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:

@@ -54,6 +54,8 @@ ELSEWHERE = {
     "python -m grpo.evaluate": "tests/integration/test_evaluate.py::test_before_and_after_are_those_that_the_run_measured",
     "python -m grpo.generate": "tests/integration/test_generate.py::"
     "test_a_question_gets_the_response_that_an_evaluation_has_and_its_answer",
+    "python -m grpo.export": "tests/integration/test_export.py::"
+    "test_the_newest_is_the_runs_model_and_the_best_can_be_asked_as_the_run_asks",
     "python -m grpo.sweep": "tests/unit/test_sweep.py::test_a_table_is_made_again_from_the_directories_alone",
     "python -m grpo.transport_plot": "tests/unit/test_transport_plot.py::"
     "test_the_command_writes_a_picture_and_refuses_what_it_cannot_read",
@@ -222,6 +224,7 @@ CHECKS: dict[str, Callable] = {
     "grpo.view": partial(check_tool, "grpo.view"),
     "grpo.generate": check_generate,
     "grpo.doctor": check_file_of_a_module,
+    "grpo.export": check_file_of_a_module,
     "grpo.sweep": check_file_of_a_module,
     "grpo.evaluate": check_evaluate,
     "grpo.transport_plot": check_file_of_a_module,
