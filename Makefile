@@ -8,7 +8,7 @@ REQUIREMENTS := $(if $(HAS_GPU),requirements_ifeval.txt,requirements_cpu.txt)
 PIP_FLAGS := $(if $(HAS_GPU),,--no-deps)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-unit test-soak test-gpu test-slurm lint format docs bench clean
+.PHONY: help setup train test test-unit test-soak test-gpu test-slurm lint format docs bench frontier clean
 
 help:          ## show this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: [^#]*##/\t/' | expand -t 14
@@ -66,6 +66,9 @@ bench: setup .venv-peers/installed ## the figures of README.md, written to bench
 	$(BIN)/python -m benchmarks.overlap
 	$(BIN)/python -m benchmarks.throughput
 	$(BIN)/python -m benchmarks.learning
+
+frontier: setup ## what every objective learns, and accuracy against KL: 54 runs, an hour and more
+	$(BIN)/python -m benchmarks.frontier
 
 .venv-peers/installed: benchmarks/requirements_peers.txt
 	$(PYTHON) -m venv .venv-peers

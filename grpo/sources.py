@@ -5,17 +5,14 @@ Nothing here imports torch or transformers, which takes seconds: a wrong name is
 
 import os
 import re
-import socket
 from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 from grpo.errors import ConfigError
 from grpo.offline_config import OfflineConfig
 from grpo.resume import Config
 from grpo.rewards import check_reward_file
 from grpo.scored import iterate_groups
-from grpo.tasks.data import check_file
+from grpo.tasks.data import check_file, hub_reachable
 
 BUILTIN = "builtin/arithmetic"
 LARGE = 1e9  # parameters from which a model needs a GPU to be of any use
@@ -67,19 +64,6 @@ def _check_hub(name: str) -> None:
             f"model.name ({name}) is no directory here, is not in the hub's cache, and the hub cannot be reached: "
             "connect, or give a local directory in transformers format"
         )
-
-
-def hub_reachable() -> bool:
-    """Asked first, since the hub's client retries for half a minute where there is no network."""
-    from huggingface_hub import constants
-
-    if getproxies():
-        return True
-    try:
-        socket.create_connection((urlsplit(constants.ENDPOINT).hostname, 443), timeout=5).close()
-    except OSError:
-        return False
-    return True
 
 
 def check_files(path: str) -> None:

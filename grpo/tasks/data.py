@@ -7,9 +7,12 @@ splits: what the test split asks is dropped from validation and training, what v
 import json
 import logging
 import random
+import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from grpo.config_sections import EnvConfig
 from grpo.errors import DataError, one_line
@@ -72,8 +75,25 @@ def read_file(path: str) -> list[dict]:
     return _read_parquet(path) if path.endswith(".parquet") else _read_jsonl(path)
 
 
+def hub_reachable() -> bool:
+    """Asked first, since the hub's client retries for half a minute where there is no network."""
+    from huggingface_hub import constants
+
+    if getproxies():
+        return True
+    try:
+        socket.create_connection((urlsplit(constants.ENDPOINT).hostname, 443), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
 def read_hub(source: HubSplit) -> Iterable[dict]:
     """The rows of a split on the hub, from the local cache where it is there; raises DataError where neither answers."""
+    from huggingface_hub import constants
+
+    if not hub_reachable():
+        constants.HF_HUB_OFFLINE = True  # as the variable of that name does: only the cache is looked at
     from datasets import load_dataset
 
     try:

@@ -91,12 +91,17 @@ def test_a_validation_problem_that_the_test_split_asks_too_is_left_out():
 
 
 @pytest.mark.parametrize("dataset", ["gsm8k", "math"])
-def test_without_a_network_the_error_names_both_ways(monkeypatch, dataset):
+def test_without_a_network_the_error_names_both_ways_and_the_hubs_client_does_not_try(monkeypatch, dataset):
     import datasets
+    from huggingface_hub import constants, get_session
 
     def unreachable(*args, **kwargs):
+        with pytest.raises(ConnectionError, match="offline mode is enabled"):
+            get_session().get("http://127.0.0.1:9")
         raise ConnectionError("no route\nto host")
 
+    monkeypatch.setattr("grpo.tasks.data.hub_reachable", lambda: False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(
         DataError, match=r"cannot be reached \(ConnectionError\): connect, or give .* env.data=PATH"
@@ -109,6 +114,7 @@ def test_the_hub_is_asked_for_the_splits_by_name(monkeypatch):
     import datasets
 
     asked = []
+    monkeypatch.setattr("grpo.tasks.data.hub_reachable", lambda: True)
     monkeypatch.setattr(
         datasets,
         "load_dataset",
