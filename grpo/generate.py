@@ -95,7 +95,7 @@ def configure(typed: str | None, overrides: dict[str, str]) -> tuple[RunConfig, 
     if (path / CONFIG).is_file():
         model = str(find_run(typed, "model") / "model")
         config = read_config(path)
-    elif (path.parent / CONFIG).is_file():  # model/ of a run, or what grpo.export wrote there
+    elif path.is_dir() and all((path.parent / name).exists() for name in (CONFIG, "checkpoints")):  # in a run's directory
         config = read_config(path.parent)
     if not isinstance(config, RunConfig):  # no run, or an offline one, which has no task
         config = shipped_config(overrides)
