@@ -9,8 +9,8 @@
     out=FILE.json        instead of comparison.json (evaluation.json of one model) in the run's directory, or here
     seed= device= env.KEY= inference_model.KEY= ray.KEY=    instead of the run's; without a run, of config/grpo_DATASET.yaml
 
-A model in a run's directory (best/, model/) is asked as that run asks, and what it held out, unless env.dataset= names another
-task.
+A model in a run's directory (best/, model/) is asked as that run asks, and what it held out, unless env.dataset= names
+another task.
 
 pass@1 is the share of problems whose greedy response is right, mean@k the mean share of right ones among k samples. Mean
 reward and mean length (in tokens) are those of the greedy responses. Responses are graded as in a run; one without a verdict
