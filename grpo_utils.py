@@ -124,6 +124,7 @@ def build(config: RunConfig, run_dir: Path, supervisor: Supervisor | None = None
                 sampling=sampling(config),
                 admission=make_admission(config),
             )
+        supervisor.all_up()
         log = RunLog(run_dir, config, None if resumed is None else resumed.state["log"])
         closing.callback(log.abandon)
         writer = CheckpointWriter(run_dir, train.keep_checkpoints, trainer, resumed)

@@ -33,7 +33,7 @@ from grpo.config_sections import EnvConfig
 from grpo.errors import ConfigError, DataError
 from grpo.grading import grading_pool
 from grpo.launch import CONFIG_DIR, compose
-from grpo.resume import CONFIG, key_value, read_config, write_whole
+from grpo.resume import CONFIG, Config, key_value, read_config, write_whole
 from grpo.rewards import load_reward_function
 from grpo.sources import check_files, check_model
 from grpo.tasks.data import text_fields
@@ -62,10 +62,10 @@ def configure(arguments: dict[str, str], overrides: dict[str, str]) -> tuple[Run
             raise ConfigError(f"run ({folder}): there is no run there: give the directory of one")
         if not (folder / "model").is_dir():
             raise ConfigError(f"run ({folder}) has no model/ yet, which is written at its end: go on with resume={folder}")
-        own = config_of_its_run(folder / "model")
-        if own is None:
+        own = read_config(folder)
+        if not isinstance(own, RunConfig):
             raise ConfigError(
-                f"run ({folder}) is of mode=offline, which has no task: give model={folder}/model env.dataset="
+                f"run ({folder}) is of mode=offline, which has no task: give model={folder}/model env.dataset=NAME"
             )
         models = {"before": own.model.name, "after": str(folder / "model")}
     else:
@@ -73,8 +73,8 @@ def configure(arguments: dict[str, str], overrides: dict[str, str]) -> tuple[Run
         if "base" in arguments:
             models = {"before": arguments["base"], "after": arguments["model"]}
         own = config_of_its_run(Path(arguments["model"]))
-        if own is not None and overrides.get("env.dataset") not in (None, own.env.dataset):
-            own = None
+        if not isinstance(own, RunConfig) or overrides.get("env.dataset") not in (None, own.env.dataset):
+            own = None  # another task has settings of its own
     if own is not None and "prompts" not in arguments:
         _check_split(own, overrides)
     config = own or shipped_config(overrides)
@@ -86,10 +86,10 @@ def configure(arguments: dict[str, str], overrides: dict[str, str]) -> tuple[Run
     return from_dictconfig(changed), models, out
 
 
-def config_of_its_run(model: Path) -> RunConfig | None:
-    """The configuration of the run whose directory `model` is in; None where that is no run, or one without a task."""
-    config = read_config(model.parent) if (model.parent / CONFIG).is_file() else None
-    return config if isinstance(config, RunConfig) else None
+def config_of_its_run(model: Path) -> Config | None:
+    """The configuration of the run whose directory `model` is in, as its model/ or an export; None where it is in none."""
+    is_in_one = model.is_dir() and all((model.parent / name).exists() for name in (CONFIG, "checkpoints"))
+    return read_config(model.parent) if is_in_one else None
 
 
 def shipped_config(overrides: dict[str, str]) -> RunConfig:

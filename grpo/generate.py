@@ -31,7 +31,7 @@ from grpo import tasks
 from grpo.config import RunConfig, from_dictconfig
 from grpo.errors import ConfigError, DataError, one_line
 from grpo.evaluate import SECTIONS, config_of_its_run, shipped_config
-from grpo.resume import CONFIG, write_whole
+from grpo.resume import CONFIG, read_config, write_whole
 from grpo.sources import check_files, check_model
 from grpo.tool import find_run, override, read_lines, run_tool, split_arguments
 
@@ -91,9 +91,15 @@ def configure(typed: str | None, overrides: dict[str, str]) -> tuple[RunConfig, 
     """The configuration to ask with, and the model's path or hub name."""
     if typed is None:
         typed = str(find_run(None, "model"))
-    is_run = (Path(typed) / CONFIG).is_file()
-    model = str(find_run(typed, "model") / "model") if is_run else typed
-    changed = OmegaConf.structured(config_of_its_run(Path(model)) or shipped_config(overrides))
+    path, model = Path(typed), typed
+    if (path / CONFIG).is_file():
+        model = str(find_run(typed, "model") / "model")
+        config = read_config(path)
+    else:
+        config = config_of_its_run(path)
+    if not isinstance(config, RunConfig):  # no run, or an offline one, which has no task
+        config = shipped_config(overrides)
+    changed = OmegaConf.structured(config)
     override(changed, overrides)
     return from_dictconfig(changed), model
 

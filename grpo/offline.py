@@ -47,6 +47,7 @@ def build(config: OfflineConfig, run_dir: Path, supervisor: Supervisor | None = 
         check_shared(config.ray, plan.nodes, [str(run_dir), *([model] if os.path.isdir(model) else [])])
         closing.enter_context(supervisor.watching())
         ranks, timeout_s = start_ranks(config, plan, model, supervisor), config.ray.timeout_s
+        supervisor.all_up()
         trainer = OfflineTrainerPool(ranks, config.train.gradient_accumulation_steps, None, timeout_s)
         position = None if resumed is None else resumed.state["log"]
         log = RunLog(run_dir, config, position, num_steps, (METRICS_FILE,))

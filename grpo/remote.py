@@ -8,7 +8,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,9 @@ def get(call: Any, timeout_s: float, actor: str, doing: str, key: str = "ray.tim
         raise ActorError(f"{actor} died while {doing}: {_reason(error)}", actor, last_lines(error), died=True) from None
 
 
-def _late(actor: str, timeout_s: float, doing: str, key: str) -> ActorError:
-    return ActorError(f"{actor} did not answer within {timeout_s:g} s while {doing}; if that is no hang, raise {key}", actor)
+def _late(actor: str, timeout_s: float, doing: str, key: str, others: Iterable[str] = ()) -> ActorError:
+    who = ", ".join([actor, *others])  # ranks wait for each other: any of them may be the one
+    return ActorError(f"{who} did not answer within {timeout_s:g} s while {doing}; if that is no hang, raise {key}", actor)
 
 
 def get_done(calls: dict[str, ObjectRef], doing: str, again: Again | None = None) -> dict[str, ObjectRef]:
@@ -116,7 +117,8 @@ def get_all(
         if not done:
             if time.monotonic() < deadline:
                 continue
-            raise _late(next(iter(waiting.values())), timeout_s, doing, key)
+            first, *others = waiting.values()
+            raise _late(first, timeout_s, doing, key, others)
         for call in done:
             actor = waiting.pop(call)
             try:

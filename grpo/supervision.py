@@ -24,7 +24,7 @@ from typing import Any
 import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
-from ray.exceptions import ActorUnavailableError
+from ray.exceptions import ActorUnavailableError, RaySystemError
 
 from grpo.config_sections import RayConfig
 from grpo.errors import ActorError, times
@@ -32,6 +32,8 @@ from grpo.leftovers import marked
 from grpo.preemption import REQUEST, Preempted, listen
 from grpo.remote import DEATHS, ask, get_all, wait_until_back
 from grpo.resume import Config
+
+PROCESSES = Path("/proc")  # where there is one
 
 
 @contextmanager
@@ -200,7 +202,7 @@ class Supervisor:
     def watching(self) -> Iterator[None]:
         """Have the actors that are given to `watch` asked for heartbeats meanwhile."""
         self.watched, self.fallen = {}, set()
-        self._watch = Watch(self.config.heartbeat_timeout_s, self._heard_of_death)
+        self._watch = Watch(self.config.heartbeat_timeout_s, self.config.start_timeout_s, self._heard_of_death)
         thread = threading.Thread(target=self._watch.run, name="watch", daemon=True)
         thread.start()
         try:
@@ -210,15 +212,21 @@ class Supervisor:
             thread.join()
             watched, self.watched = self.watched, {}
             for name, actor in watched.items():
-                restarts, is_gone = life(actor)
+                try:
+                    restarts, is_gone = life(actor)
+                except RaySystemError:  # Ray itself is gone, which is not to hide why
+                    break
                 self.counts += Counter({name: restarts})
                 if is_gone:  # after the last of them it was there again
                     self.mended[name] = self.counts[name]
 
     def watch(self, actors: dict[str, ActorHandle]) -> None:
-        """Have these actors, by their names, watched from now on; they may be starting yet."""
+        """Have these actors, by their names, watched from now on; they may be starting yet, until `all_up`."""
         self.watched = self.watched | actors
         self._watch.add(actors)
+
+    def all_up(self) -> None:
+        self._watch.blind_timeout_s = self._watch.timeout_s
 
     def _heard_of_death(self, name: str) -> None:
         self.fallen.add(name)
@@ -247,12 +255,14 @@ class Watched:
 class Watch:
     """Kills the process of an actor that does not answer for `timeout_s` seconds, so that every wait for it ends.
 
-    One that is not there yet is waited for by whoever starts it. `died` is called with the name of one that is gone, or
-    answers from another process than before.
+    One that is not there yet is waited for by whoever starts it. One whose process cannot be seen, on another machine, has
+    `blind_timeout_s`: it may be importing or compiling. `died` is called with the name of one that is gone, or answers from
+    another process than before.
     """
 
-    def __init__(self, timeout_s: float, died: Callable[[str], None]) -> None:
+    def __init__(self, timeout_s: float, blind_timeout_s: float, died: Callable[[str], None]) -> None:
         self.timeout_s, self.interval_s, self.died = timeout_s, min(2.0, timeout_s / 8), died
+        self.blind_timeout_s = blind_timeout_s
         self.watched: dict[str, Watched] = {}
         self.ended = threading.Event()
 
@@ -273,9 +283,10 @@ class Watch:
             if ray.wait([watched.call], timeout=0)[0]:
                 self._hear(name, watched)
                 continue
-            if watched.pid is not None and not is_at_work(watched.pid_here):
+            seen = watched.pid_here is not None and PROCESSES.is_dir()
+            if watched.pid is not None and not (seen and is_at_work(watched.pid_here)):
                 watched.silent_s += passed_s
-            if watched.silent_s >= self.timeout_s:
+            if watched.silent_s >= (self.timeout_s if seen else self.blind_timeout_s):
                 self._kill(name, watched)
 
     def _hear(self, name: str, watched: Watched) -> None:
@@ -308,13 +319,13 @@ class Watch:
             os.kill(watched.pid_here, signal.SIGKILL)
 
 
-def is_at_work(pid: int | None) -> bool:
+def is_at_work(pid: int) -> bool:
     """Whether a thread of the process computes, or waits for a core or a disk to: calls have deadlines of their own.
 
     It may hold Python's lock for long, or share its cores with too many others. One that is stopped is not at work, and
     neither is one that waits for ever.
     """
-    for task in Path(f"/proc/{pid}/task").glob("*/stat"):
+    for task in (PROCESSES / str(pid) / "task").glob("*/stat"):
         with suppress(OSError):
             if task.read_text().rpartition(")")[2].split()[0] in "RD":
                 return True

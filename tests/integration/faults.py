@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import psutil
@@ -91,11 +92,12 @@ class Faults:
 
     def _strike(self, fault: Fault) -> None:
         while not self.is_over():
-            victims = processes(fault.role)
-            if victims:
-                fault.struck_s, fault.restarts = time.monotonic(), self.restarts.get(fault.role, 0)
-                os.kill(self.rng.choice(victims).pid, fault.signal)
-                return
+            with suppress(psutil.NoSuchProcess, ProcessLookupError):  # it ended as it was looked for
+                if victims := processes(fault.role):
+                    restarts = self.restarts.get(fault.role, 0)
+                    os.kill(self.rng.choice(victims).pid, fault.signal)
+                    fault.struck_s, fault.restarts = time.monotonic(), restarts
+                    return
             time.sleep(LOOK_S)  # another fault's recovery has all of them started again
 
     def _look(self, restarts: dict[str, int]) -> None:
@@ -109,7 +111,8 @@ class Faults:
 
 def processes(role: str) -> list[psutil.Process]:
     """This run's processes of a role."""
-    children = psutil.Process().children(recursive=True)
+    found = psutil.Process().children(recursive=True)
+    children = [child for child in found if child.status() != psutil.STATUS_ZOMBIE]
     if role == "grading":
         servers = {child.pid for child in children if _is_forkserver(child)}
         return [child for child in children if child.ppid() in servers]

@@ -97,7 +97,8 @@ def typed(*items: str) -> tuple[RunConfig, dict[str, str], Path]:
 def finished_run(folder: Path) -> Path:
     """What a run leaves behind, as far as an evaluation reads it."""
     write_config(compose("grpo_arithmetic", ["seed=5", "env.test_size=7"]), folder)
-    (folder / "model").mkdir()
+    for name in ("model", "checkpoints"):
+        (folder / name).mkdir()
     return folder
 
 
@@ -140,6 +141,7 @@ def test_a_model_in_a_runs_directory_is_asked_what_the_run_held_out(tmp_path):
         assert models[list(models)[-1]] == f"{tmp_path}/best" and out.parent == Path()
     config, _, _ = typed(f"model={tmp_path}/best", "env.dataset=countdown")
     assert config == compose("grpo_countdown", [])
+    assert typed(f"model={tmp_path}/none_such")[0] == compose("grpo_gsm8k", [])
     config, _, _ = typed(f"model={tmp_path}/best", "env.test_size=9", "prompts=mine.jsonl")
     assert (config.seed, config.env.test_size) == (5, 9)
 
@@ -155,7 +157,7 @@ def test_a_model_in_a_runs_directory_is_asked_what_the_run_held_out(tmp_path):
         (["run={done}", "env.validation_size=9"], r"env.validation_size \(9\) must be the run's own"),
         (["run={done}", "env.data=mine.jsonl"], r"env.data \(mine.jsonl\) must be the run's own \(None\)"),
         (["run={done}", "env.dataset=countdown"], r"env.dataset \(countdown\) must be the run's own \(arithmetic\)"),
-        (["model={done}/best", "env.test_size=9"], r"env.test_size \(9\) must be the run's own \(7\)"),
+        (["model={done}/model", "env.test_size=9"], r"env.test_size \(9\) must be the run's own \(7\)"),
         (["run={offline}"], r"run \(.*\) is of mode=offline, which has no task: give model=.*/offline/model env.dataset="),
         (["run={tmp}", "model=mine"], "give either run=DIRECTORY or model=PATH"),
         (["run={tmp}/nothing"], r"run \(.*/nothing\): there is no run there: give the directory of one"),

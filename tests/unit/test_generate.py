@@ -51,7 +51,8 @@ def asker(model_path: str, text: str, stopped: bool = True, env: EnvConfig = ENV
 
 
 def write_run(run_dir: Path, config: RunConfig | OfflineConfig) -> Path:
-    (run_dir / "model").mkdir(parents=True)
+    for name in ("model", "checkpoints"):
+        (run_dir / name).mkdir(parents=True)
     write_config(config, run_dir)
     return run_dir
 

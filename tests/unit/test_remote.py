@@ -78,6 +78,10 @@ def test_of_several_the_first_that_is_late_is_named_with_the_whole_deadline(monk
     )
     with pytest.raises(ActorError, match=r"^b did not answer within 0.05 s while starting; .* raise ray.start_timeout_s$"):
         get_all({"a": Call(1), "b": late}, 0.05, "starting", "ray.start_timeout_s")
+    monkeypatch.setattr(remote.ray, "wait", lambda calls, timeout: ([], calls))
+    with pytest.raises(ActorError, match=r"^a, b did not answer within 0.05 s while starting") as error:
+        get_all({"a": Call(1), "b": late}, 0.05, "starting")
+    assert error.value.actor == "a"
 
 
 OTHER_DEATHS = [

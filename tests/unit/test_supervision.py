@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import ray
-from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RaySystemError
 
 import grpo_utils
 from grpo import supervision
@@ -272,7 +272,7 @@ def test_silence_is_a_death_where_nothing_works(monkeypatch, at_work, killed, ca
     monkeypatch.setattr(supervision, "is_at_work", lambda pid: at_work)
     struck = []
     monkeypatch.setattr(supervision.os, "kill", lambda *arguments: struck.append(arguments))
-    watch = Watch(10.0, print)
+    watch = Watch(10.0, 300.0, print)
     watch.add({"the training actor": "call"})
     for _ in range(40):
         watch.look(1.25)
@@ -288,6 +288,40 @@ def test_silence_is_a_death_where_nothing_works(monkeypatch, at_work, killed, ca
     assert ("did not answer for 10 s" in capsys.readouterr().err) == killed
 
 
+def test_one_on_another_machine_has_the_time_of_a_start_until_all_are_up(monkeypatch):
+    monkeypatch.setattr(supervision, "ask", lambda actor: actor)
+    monkeypatch.setattr(ray, "wait", lambda calls, timeout: ([], calls))
+    ended = []
+    monkeypatch.setattr(ray, "kill", lambda actor, no_restart: ended.append(actor))
+    supervisor = Supervisor(RayConfig(heartbeat_timeout_s=10.0, start_timeout_s=60.0))
+    monkeypatch.setattr(Watch, "run", lambda watch: None)
+    with supervisor.watching():
+        watch = supervisor._watch
+        watch.add({"the training actor": "call"})
+        watch.watched["the training actor"].pid = 4711
+        watch.look(59.0)
+        assert not ended
+        watch.watched["the training actor"].silent_s = 0.0
+        supervisor.all_up()
+        watch.look(9.0)
+        assert not ended
+        watch.look(1.0)
+        assert ended == ["call"]
+
+
+def test_that_ray_is_gone_does_not_hide_why_a_run_ends(monkeypatch):
+    def gone(actor_id):
+        raise RaySystemError("no GCS")
+
+    monkeypatch.setattr(ray._private.state, "actors", gone)
+    monkeypatch.setattr(supervision, "ask", lambda actor: actor)
+    monkeypatch.setattr(Watch, "run", lambda watch: None)
+    supervisor = Supervisor(RayConfig())
+    with pytest.raises(ActorError, match=r"^inference actor 1 died while sampling$"), supervisor.watching():
+        supervisor.watch({"inference actor 1": SimpleNamespace(_actor_id=b"")})
+        raise died()
+
+
 @pytest.mark.parametrize("error", [RayActorError(), OutOfMemoryError("its node ran low on memory")])
 def test_one_that_is_gone_for_good_is_told_of_and_watched_no_more(monkeypatch, error):
     def get(call):
@@ -297,7 +331,7 @@ def test_one_that_is_gone_for_good_is_told_of_and_watched_no_more(monkeypatch, e
     monkeypatch.setattr(ray, "wait", lambda calls, timeout: (calls, []))
     monkeypatch.setattr(ray, "get", get)
     died = []
-    watch = Watch(10.0, died.append)
+    watch = Watch(10.0, 300.0, died.append)
     watch.add({"inference actor 1": "call"})
     for _ in range(3):
         watch.look(1.25)
@@ -318,7 +352,7 @@ def test_a_death_before_the_first_answer_is_told_of(monkeypatch):
     monkeypatch.setattr(ray, "get", get)
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "here"))
     died = []
-    watch = Watch(10.0, died.append)
+    watch = Watch(10.0, 300.0, died.append)
     watch.add({"inference actor 1": "call"})
     watch.look(1.25)
     assert died == []  # it may be on its way back
