@@ -2,6 +2,7 @@
 
     python -m benchmarks.peers --model builtin     # writes benchmarks/results/peers_builtin.json
     python -m benchmarks.peers --model random50m
+    python -m benchmarks.peers --model builtin --name peers_builtin_medium model.matmul_precision=medium
 
 Same model, prompts, rewards, group size, batch, token budget, temperature and learning rate; no reference on either side;
 float32 on both. TRL generates with transformers, since its vLLM modes need a GPU, at the best of the settings tried here
@@ -100,6 +101,7 @@ def trl(request: dict) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=NAMES, default="builtin")
+    parser.add_argument("--name", help="of the result; peers_MODEL by default")
     parser.add_argument("--no-trials", action="store_true", help="only the first variant of TRL's settings")
     parser.add_argument("overrides", nargs="*", help="configuration keys of the pipeline, key=value")
     arguments = parser.parse_args()
@@ -161,7 +163,7 @@ def main() -> None:
             "trials": trials,
         },
     }
-    save(f"peers_{arguments.model}", config, results)
+    save(arguments.name or f"peers_{arguments.model}", config, results)
     table(
         ["", "s a step", "responses/s", "tokens a step"],
         [

@@ -9,6 +9,9 @@
     out=FILE.json        instead of comparison.json (evaluation.json of one model) in the run's directory, or here
     seed= device= env.KEY= inference_model.KEY= ray.KEY=    instead of the run's; without a run, of config/grpo_DATASET.yaml
 
+A model in a run's directory (best/, model/) is asked as that run asks, and what it held out, unless env.dataset= names
+another task.
+
 pass@1 is the share of problems whose greedy response is right, mean@k the mean share of right ones among k samples. Mean
 reward and mean length (in tokens) are those of the greedy responses. Responses are graded as in a run; one without a verdict
 counts as not right, with the reward 0.
@@ -30,7 +33,7 @@ from grpo.config_sections import EnvConfig
 from grpo.errors import ConfigError, DataError
 from grpo.grading import grading_pool
 from grpo.launch import CONFIG_DIR, compose
-from grpo.resume import CONFIG, key_value, read_config, write_whole
+from grpo.resume import CONFIG, Config, key_value, read_config, write_whole
 from grpo.rewards import load_reward_function
 from grpo.sources import check_files, check_model
 from grpo.tasks.data import text_fields
@@ -59,19 +62,34 @@ def configure(arguments: dict[str, str], overrides: dict[str, str]) -> tuple[Run
             raise ConfigError(f"run ({folder}): there is no run there: give the directory of one")
         if not (folder / "model").is_dir():
             raise ConfigError(f"run ({folder}) has no model/ yet, which is written at its end: go on with resume={folder}")
-        config = read_config(folder)
-        models = {"before": config.model.name, "after": str(folder / "model")}
+        own = read_config(folder)
+        if not isinstance(own, RunConfig):
+            raise ConfigError(
+                f"run ({folder}) is of mode=offline, which has no task: give model={folder}/model env.dataset=NAME"
+            )
+        models = {"before": own.model.name, "after": str(folder / "model")}
     else:
-        config, models = shipped_config(overrides), {"model": arguments["model"]}
+        models = {"model": arguments["model"]}
         if "base" in arguments:
             models = {"before": arguments["base"], "after": arguments["model"]}
-    _check_split(config, arguments, overrides)
+        own = config_of_its_run(Path(arguments["model"]))
+        if not isinstance(own, RunConfig) or overrides.get("env.dataset") not in (None, own.env.dataset):
+            own = None  # another task has settings of its own
+    if own is not None and "prompts" not in arguments:
+        _check_split(own, overrides)
+    config = own or shipped_config(overrides)
     changed = OmegaConf.structured(config)
     override(changed, {key: arguments[key] for key in ("seed", "device") if key in arguments} | overrides)
     out = Path(arguments.get("out", folder / ("comparison.json" if len(models) == 2 else "evaluation.json")))
     if not out.parent.is_dir():
         raise ConfigError(f"out ({out}): there is no directory {out.parent}")
     return from_dictconfig(changed), models, out
+
+
+def config_of_its_run(model: Path) -> Config | None:
+    """The configuration of the run whose directory `model` is in, as its model/ or an export; None where it is in none."""
+    is_in_one = model.is_dir() and all((model.parent / name).exists() for name in (CONFIG, "checkpoints"))
+    return read_config(model.parent) if is_in_one else None
 
 
 def shipped_config(overrides: dict[str, str]) -> RunConfig:
@@ -82,10 +100,8 @@ def shipped_config(overrides: dict[str, str]) -> RunConfig:
     return compose(f"grpo_{dataset}", [])
 
 
-def _check_split(config: RunConfig, arguments: dict[str, str], overrides: dict[str, str]) -> None:
+def _check_split(config: RunConfig, overrides: dict[str, str]) -> None:
     """Raise ConfigError where the test split would be another than the run's, and might hold what it was trained on."""
-    if "run" not in arguments or "prompts" in arguments:
-        return
     for key in SPLIT:
         trained = key_value(config, key)
         if key in overrides and overrides[key] != ("null" if trained is None else str(trained)):

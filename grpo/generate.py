@@ -30,7 +30,7 @@ from omegaconf import OmegaConf
 from grpo import tasks
 from grpo.config import RunConfig, from_dictconfig
 from grpo.errors import ConfigError, DataError, one_line
-from grpo.evaluate import SECTIONS, shipped_config
+from grpo.evaluate import SECTIONS, config_of_its_run, shipped_config
 from grpo.resume import CONFIG, read_config, write_whole
 from grpo.sources import check_files, check_model
 from grpo.tool import find_run, override, read_lines, run_tool, split_arguments
@@ -91,12 +91,12 @@ def configure(typed: str | None, overrides: dict[str, str]) -> tuple[RunConfig, 
     """The configuration to ask with, and the model's path or hub name."""
     if typed is None:
         typed = str(find_run(None, "model"))
-    path, config, model = Path(typed), None, typed
+    path, model = Path(typed), typed
     if (path / CONFIG).is_file():
         model = str(find_run(typed, "model") / "model")
         config = read_config(path)
-    elif path.is_dir() and all((path.parent / name).exists() for name in (CONFIG, "checkpoints")):  # in a run's directory
-        config = read_config(path.parent)
+    else:
+        config = config_of_its_run(path)
     if not isinstance(config, RunConfig):  # no run, or an offline one, which has no task
         config = shipped_config(overrides)
     changed = OmegaConf.structured(config)

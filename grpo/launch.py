@@ -156,8 +156,11 @@ def _check_sweep(arguments, mode: str, default_config: str) -> list[list[str]]:
     for config in configs:
         if config.resume is not None:
             raise ConfigError(f"resume ({config.resume}) cannot be swept over: go on with each run by itself")
-    plans = [checked(i, _plan, config, mode) for i, config in enumerate(configs)]
-    if any(config.dry_run for config in configs):
+    dry_run = any(config.dry_run for config in configs)
+    # A Slurm job plans for its own machine, which the one that submits it, often without a GPU, need not be like.
+    elsewhere = "hydra/launcher=submitit_slurm" in arguments.overrides and not dry_run
+    plans = [checked(i, _check_script if elsewhere else _plan, config, mode) for i, config in enumerate(configs)]
+    if dry_run:
         described = (plan.describe(config) for plan, config in zip(plans, configs, strict=True))
         print("\n\n".join(f"{run}\n{text}" for run, text in zip(which, described, strict=True)))
         sys.exit(0)
@@ -187,12 +190,17 @@ def _check(arguments, mode: str, default_config: str) -> tuple[Config, Path] | N
     return None if run_dir is None else (config, run_dir)
 
 
-def _plan(config: Config, mode: str) -> Any:
-    """What `config` will use; raises ConfigError where it cannot work here."""
+def _check_script(config: Config, mode: str) -> None:
+    """Raise ConfigError where `config` is for another script, or names what is not there."""
     if config.mode != mode:
         script, other = SCRIPTS[mode].file, SCRIPTS[config.mode].file
         raise ConfigError(f"mode ({config.mode}) must be {mode} for {script}: use {other}")
     check_sources(config)
+
+
+def _plan(config: Config, mode: str) -> Any:
+    """What `config` will use; raises ConfigError where it cannot work here."""
+    _check_script(config, mode)
     return importlib.import_module(SCRIPTS[mode].plan).make_plan(config)
 
 

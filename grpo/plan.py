@@ -155,11 +155,22 @@ def find_nodes(config: RayConfig) -> list[Node]:
 def place_roles(
     config: RayConfig, nodes: list[Node], roles: dict[str, int], sizes: dict[str, int], device: str, sharing: int
 ) -> dict[str, list[int]]:
-    """The node of each process: `sharing` of them share a GPU; without GPUs each has a CPU, or any number on one machine."""
+    """The node of each process: `sharing` of them share a GPU; on a cluster each has a CPU, on one machine they share them.
+
+    Raises ConfigError where a node of the cluster has too few of either.
+    """
     if config.address is None:
         return {role: [0] * count for role, count in roles.items()}
     room = [node.gpus * sharing if device == "cuda" else node.cores for node in nodes]
-    return place(roles, sizes, room, config.placement == "pack")
+    places = place(roles, sizes, room, config.placement == "pack")
+    for i, node in enumerate(nodes):
+        there = sum(its.count(i) for its in places.values())
+        if there > node.cores:
+            raise ConfigError(
+                f"ray.address ({config.address}): node {node.name} has {node.cores} CPUs and gets {there} of the run's "
+                "processes, each of which needs one: give Ray more there (sbatch --cpus-per-task), or lower the num_devices"
+            )
+    return places
 
 
 def check_memory(

@@ -149,6 +149,13 @@ def resumed_config(run_dir: Path, typed: list[str], composed: Config) -> Config:
     return config
 
 
+def find_runs(outputs: Path) -> list[Path]:
+    """The directories of runs that are OUTPUTS/DATE/TIME or, with a hydra.run.dir that was typed, OUTPUTS/NAME."""
+    found = [path.parent for depth in ("*", "*/*") for path in outputs.glob(f"{depth}/{CONFIG}")]
+    # A pattern takes hidden names too, and Hydra writes a file of the same name to a run's .hydra.
+    return [run for run in found if not any(part.startswith(".") for part in run.relative_to(outputs).parts)]
+
+
 def find_run(resume: str, run_dir: str | None, outputs: Path, config: Config | None) -> Path | None:
     """The directory of the run that `resume` means; with `auto`, None where a new one is to start.
 
@@ -161,9 +168,8 @@ def find_run(resume: str, run_dir: str | None, outputs: Path, config: Config | N
         return Path(resume)
     if run_dir is not None:
         return Path(run_dir) if (Path(run_dir) / CONFIG).is_file() else None
-    newest_first = sorted(outputs.glob(f"*/*/{CONFIG}"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in newest_first:
-        here = path.parent
+    newest_first = sorted(find_runs(outputs), key=lambda run: (run / CONFIG).stat().st_mtime, reverse=True)
+    for here in newest_first:
         if (here / SUMMARY).exists() or _is_locked(here):
             continue
         found = read_config(here)

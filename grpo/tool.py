@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from grpo.config import check_keys, readable
 from grpo.errors import EXIT_INTERRUPTED, ConfigError, DataError, UserError, one_line
-from grpo.resume import CONFIG
+from grpo.resume import CONFIG, find_runs
 
 OUTPUTS = Path("outputs")
 
@@ -77,7 +77,7 @@ def find_run(typed: str | None, needed: str) -> Path:
     Raises ConfigError where there is none, or what was typed is none.
     """
     if typed is None:
-        found = [path.parent for path in OUTPUTS.glob(f"*/*/{CONFIG}") if (path.parent / needed).exists()]
+        found = [run for run in find_runs(OUTPUTS) if (run / needed).exists()]
         if not found:
             raise ConfigError(f"there is no run with {needed} under {OUTPUTS}/: train one, or give the directory of one")
         return max(found, key=lambda run: (run / needed).stat().st_mtime)

@@ -21,12 +21,12 @@ from pathlib import Path
 
 import pytest
 from hydra._internal.utils import get_args_parser
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM
 
 import grpo
 import grpo_async
 import grpo_sync
-from docs.generate import ARCHITECTURES, DOCS
+from docs.generate import ARCHITECTURES, DOCS, qwen2
 from grpo import evaluate, generate, launch
 from grpo.config import RENAMED, RunConfig, known_keys
 from grpo.config_sections import LoraConfig
@@ -72,7 +72,7 @@ def without_blocks(text: str) -> str:
 def lines_of_code(text: str) -> list[str]:
     """Indented lines, lines of shell blocks, and code between backticks."""
     shell = re.findall(r"^```(?:bash|sh)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
-    text = without_blocks(text)
+    text = re.sub(r" \\\n +", " ", without_blocks(text))  # a line that goes on in the next
     indented = [line for line in text.splitlines() if line.startswith("    ")]
     inline = re.findall(r"`([^`\n]+)`", "\n".join(line for line in text.splitlines() if not line.startswith("    ")))
     return [line for block in shell for line in block.splitlines()] + indented + [c for c in inline if " " in c]
@@ -122,12 +122,12 @@ def place(tmp_path, monkeypatch, model_path) -> Path:
     (tmp_path / "scored.jsonl").write_text(f"{json.dumps(group)}\n{json.dumps(group | {'prompt': '1 + 3?'})}\n")
     (tmp_path / "gsm8k_train.jsonl").touch()
     (tmp_path / "FILE.jsonl").write_text('{"question": "2 + 2?", "answer": "#### 4", "response": "The answer is 4."}\n')
-    add_lora(AutoModelForCausalLM.from_config(GPT2), LoraConfig(enabled=True), seed=0).save_pretrained(run_dir / "adapter")
+    add_lora(AutoModelForCausalLM.from_config(QWEN), LoraConfig(enabled=True), seed=0).save_pretrained(run_dir / "adapter")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-GPT2 = GPT2Config(n_layer=1, n_embd=8, n_head=1, n_positions=512, vocab_size=16)
+QWEN = qwen2(hidden=64, layers=1, heads=2, kv_heads=2, feed_forward=64, vocabulary=16, tied=True)  # in the place of 0.5B's
 
 
 def dry_run(mode: str, arguments: list[str]) -> None:
@@ -235,7 +235,7 @@ CHECKS: dict[str, Callable] = {
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command not in NOT_TO_WORK])
 def test_every_printed_command_can_be_run(command, place, gpus, monkeypatch):
-    gpus(32 if command.startswith("sbatch") else 8, {"gpt2": GPT2})
+    gpus(32 if command.startswith("sbatch") else 8, {"Qwen2.5-0.5B": QWEN})
     if "hydra/sweeper=optuna" in command and importlib.util.find_spec("optuna") is None:
         with pytest.raises(ConfigError, match=r"needs pip install --no-deps -r requirements_optuna\.txt"):
             check(shlex.split(command), monkeypatch)
@@ -266,7 +266,7 @@ def rows_of_machines() -> list[tuple[str, str]]:
     return re.findall(r"^\| ([^|`]+) \| `(python [^`]+)`", table, flags=re.MULTILINE)
 
 
-MACHINES = {"one GPU": 1, "three GPUs": 3, "six GPUs": 6, "GPUs": 3}
+MACHINES = {"one GPU": 1, "two GPUs": 2, "three GPUs": 3, "six GPUs": 6, "GPUs": 3}
 
 
 @pytest.mark.parametrize(("machine", "command"), rows_of_machines())
@@ -389,6 +389,16 @@ def test_the_python_interface_that_is_shown_is_there():
     shown = set(re.findall(r"\bgrpo\.([a-zA-Z_]+)\(", text)) | {"UserError", "Preempted"}
     assert shown == set(grpo.PUBLIC)
     assert all(callable(getattr(grpo, name)) for name in grpo.PUBLIC)
+
+
+def test_the_commits_that_are_named_are_those_of_the_results():
+    said = (ROOT / "README.md").read_text().split("that were measured: ")[1].split("\n\n")[0]
+    named = {name: part[:7] for part in re.split(r";\s", said) for name in re.findall(r"`(.+?)`", part)}
+    results = {}
+    for name in named:
+        files = (ROOT / "benchmarks" / "results").glob(f"{name}.json")
+        results[name] = {json.loads(file.read_text())["machine"]["commit"] for file in files}
+    assert results == {name: {commit} for name, commit in named.items()} and "learning" in results
 
 
 def test_the_results_that_are_shown_are_those_that_were_measured():

@@ -15,6 +15,7 @@ from grpo.evaluate import OWN, SECTIONS, configure, fair_sample, read_prompts
 from grpo.inference import Sampling
 from grpo.launch import compose
 from grpo.measure import accuracy, judge
+from grpo.offline_config import OfflineConfig
 from grpo.resume import write_config
 from grpo.rewards import Grade
 from grpo.rollout import Completions
@@ -96,7 +97,8 @@ def typed(*items: str) -> tuple[RunConfig, dict[str, str], Path]:
 def finished_run(folder: Path) -> Path:
     """What a run leaves behind, as far as an evaluation reads it."""
     write_config(compose("grpo_arithmetic", ["seed=5", "env.test_size=7"]), folder)
-    (folder / "model").mkdir()
+    for name in ("model", "checkpoints"):
+        (folder / name).mkdir()
     return folder
 
 
@@ -131,6 +133,19 @@ def test_a_model_is_evaluated_with_the_settings_of_its_tasks_configuration():
     assert (models, out) == ({"before": "theirs", "after": "mine"}, Path("comparison.json"))
 
 
+def test_a_model_in_a_runs_directory_is_asked_what_the_run_held_out(tmp_path):
+    (finished_run(tmp_path) / "best").mkdir()
+    for more in ([], ["env.dataset=arithmetic"], [f"base={tmp_path}/model"]):
+        config, models, out = typed(f"model={tmp_path}/best", *more)
+        assert (config.seed, config.env.dataset, config.env.test_size) == (5, "arithmetic", 7)
+        assert models[list(models)[-1]] == f"{tmp_path}/best" and out.parent == Path()
+    config, _, _ = typed(f"model={tmp_path}/best", "env.dataset=countdown")
+    assert config == compose("grpo_countdown", [])
+    assert typed(f"model={tmp_path}/none_such")[0] == compose("grpo_gsm8k", [])
+    config, _, _ = typed(f"model={tmp_path}/best", "env.test_size=9", "prompts=mine.jsonl")
+    assert (config.seed, config.env.test_size) == (5, 9)
+
+
 @pytest.mark.parametrize(
     ("items", "message"),
     [
@@ -142,6 +157,8 @@ def test_a_model_is_evaluated_with_the_settings_of_its_tasks_configuration():
         (["run={done}", "env.validation_size=9"], r"env.validation_size \(9\) must be the run's own"),
         (["run={done}", "env.data=mine.jsonl"], r"env.data \(mine.jsonl\) must be the run's own \(None\)"),
         (["run={done}", "env.dataset=countdown"], r"env.dataset \(countdown\) must be the run's own \(arithmetic\)"),
+        (["model={done}/model", "env.test_size=9"], r"env.test_size \(9\) must be the run's own \(7\)"),
+        (["run={offline}"], r"run \(.*\) is of mode=offline, which has no task: give model=.*/offline/model env.dataset="),
         (["run={tmp}", "model=mine"], "give either run=DIRECTORY or model=PATH"),
         (["run={tmp}/nothing"], r"run \(.*/nothing\): there is no run there: give the directory of one"),
         (["run={tmp}"], r"run \(.*\) has no model/ yet, which is written at its end: go on with resume="),
@@ -161,8 +178,10 @@ def test_wrong_arguments_end_in_one_line(items, message, tmp_path):
     done = tmp_path / "done"
     done.mkdir()
     finished_run(done)
+    (offline := tmp_path / "offline" / "model").mkdir(parents=True)
+    write_config(OfflineConfig(data="x.jsonl"), offline.parent)
     with pytest.raises(ConfigError, match=message) as raised:
-        typed(*(item.format(tmp=tmp_path, done=done) for item in items))
+        typed(*(item.format(tmp=tmp_path, done=done, offline=offline.parent) for item in items))
     assert "\n" not in str(raised.value)
 
 

@@ -166,7 +166,7 @@ def test_the_model_is_a_runs_or_a_path_with_the_settings_of_its_task(tmp_path, m
         assert (config.env, config.inference_model.max_tokens, config.inference_model.temperature) == (ENV, 99, 0.5)
     config, model = generate.configure("org/name", {"env.dataset": "countdown"})
     assert (config.env.dataset, model) == ("countdown", "org/name")
-    offline = write_run(tmp_path / "offline", OfflineConfig(data="x.jsonl"))
+    offline = write_run(tmp_path / "of" / "another" / "day", OfflineConfig(data="x.jsonl"))
     config, model = generate.configure(str(offline), {"env.dataset": "arithmetic"})
     assert (config.env.dataset, model) == ("arithmetic", str(offline / "model"))
     monkeypatch.setattr(tool, "OUTPUTS", tmp_path)

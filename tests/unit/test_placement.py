@@ -95,6 +95,22 @@ def test_the_gpus_of_a_cluster_are_counted_over_its_nodes(two_nodes):
         make_plan(config_of("train_model.num_devices=4"))
 
 
+def test_nodes_with_fewer_cpus_than_processes_are_refused(two_nodes):
+    two_nodes[:] = [Node("10.0.0.1", 4, 8, 16 * GIB), Node("10.0.0.2", 3, 8, 16 * GIB)]
+    eight = ["train_model.num_devices=4", "inference_model.num_devices=3"]
+    with pytest.raises(ConfigError) as raised:
+        make_plan(config_of(*eight))
+    assert str(raised.value) == (
+        "ray.address (10.0.0.1:6379): node 10.0.0.2 has 3 CPUs and gets 4 of the run's processes, each of which needs one: "
+        "give Ray more there (sbatch --cpus-per-task), or lower the num_devices"
+    )
+    two_nodes[1] = Node("10.0.0.2", 4, 8, 16 * GIB)
+    assert make_plan(config_of(*eight)).gpus_per_process == 1
+    # An engine of several GPUs is one process.
+    two_nodes[:] = [Node("10.0.0.1", 3, 8, 16 * GIB)]
+    make_plan(config_of("inference_model.tensor_parallel_size=2"))
+
+
 def test_an_address_is_found_in_the_environment_where_it_is_auto(monkeypatch):
     auto = compose("grpo_arithmetic", ["ray.address=auto"]).ray
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")

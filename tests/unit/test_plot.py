@@ -164,6 +164,7 @@ def test_the_notebook_collects_the_runs_into_a_table_and_draws_them(tmp_path, mo
 
     plt.switch_backend("Agg")
     write_run(tmp_path / "outputs" / "day" / "1")
+    write_run(tmp_path / "outputs" / "mine")
     write_run(tmp_path / "multirun" / "day" / "time" / "0", lr=1e-3)
     write_run(tmp_path / "outputs" / "day" / "2", ended=False)
     (tmp_path / "grpo").symlink_to(ROOT / "grpo")
@@ -174,9 +175,9 @@ def test_the_notebook_collects_the_runs_into_a_table_and_draws_them(tmp_path, mo
     for cell in cells:
         if cell["cell_type"] == "code":
             exec(compile("".join(cell["source"]), "results.ipynb", "exec"), names)
-    assert names["table"][["samples", "before", "after"]].to_numpy().tolist() == [[2048, 0.25, 0.75]] * 2
+    assert names["table"][["samples", "before", "after"]].to_numpy().tolist() == [[2048, 0.25, 0.75]] * 3
     assert list(names["differing"]) == ["optimizer.lr"]
-    assert len(names["chosen"]) == 2
+    assert len(names["chosen"]) == 3
     assert names["axes"].get_ylabel() == "held-out accuracy"
     plt.close("all")
 

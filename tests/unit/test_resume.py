@@ -6,7 +6,8 @@ import pytest
 
 from grpo.errors import ConfigError
 from grpo.launch import compose
-from grpo.resume import find_run, locked, resumed_config, write_config
+from grpo.resume import find_run, find_runs, locked, resumed_config, write_config
+from grpo.tool import find_run as find_run_of_a_tool
 
 
 def config_of(*overrides: str):
@@ -118,3 +119,19 @@ def test_auto_takes_the_run_directory_that_was_typed(make_run, tmp_path):
     make_run("b")
     assert find_run("auto", str(run_dir), tmp_path / "outputs", config_of()) == run_dir
     assert find_run("auto", str(tmp_path / "new"), tmp_path / "outputs", config_of()) is None
+
+
+def test_a_run_whose_directory_was_typed_is_found_and_hydras_own_copy_of_its_configuration_is_none(
+    make_run, tmp_path, monkeypatch
+):
+    older = make_run("a", age_s=50)
+    named = tmp_path / "outputs" / "mine"
+    for folder in (named, named / ".hydra", older / ".hydra", tmp_path / "outputs" / ".kept" / "b"):
+        folder.mkdir(parents=True)
+        write_config(config_of(), folder)
+    assert sorted(find_runs(tmp_path / "outputs")) == [older, named]
+    assert find_run("auto", None, tmp_path / "outputs", config_of()) == named
+    (older / "model").mkdir()
+    (named / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert find_run_of_a_tool(None, "model").name == "mine"

@@ -8,8 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+from hydra._internal.utils import get_args_parser
 
 import grpo.sweep
+from grpo import launch
 from grpo.errors import ConfigError
 from grpo.launch import CONFIG_DIR
 from grpo.sweep import Job, _reason, jobs, read_jobs, sweep, varying, write_table
@@ -177,3 +179,18 @@ def test_a_directory_without_runs_is_said(tmp_path):
 
 def test_a_run_that_was_planned_and_is_not_there_did_not_start(tmp_path):
     assert read_jobs(tmp_path, [["a=1"]]) == [Job(0, ["a=1"], "did not start", None)]
+
+
+def test_runs_that_are_slurm_jobs_are_not_planned_for_the_machine_that_submits_them(gpus):
+    gpus(0)
+
+    def checked(*typed: str) -> list[list[str]]:
+        return launch._check_sweep(get_args_parser().parse_args(["--multirun", "seed=1,2", *typed]), "sync", "grpo_gsm8k")
+
+    on_slurm = ["hydra/launcher=submitit_slurm", "hydra.launcher.gpus_per_node=3"]
+    for typed in ([], ["hydra/launcher=submitit_local"], [*on_slurm, "dry_run=true"]):
+        with pytest.raises(ConfigError, match=r"^run 0 \(seed=1\): model.name \(.*\) has .* and wants a GPU"):
+            checked(*typed)
+    assert checked(*on_slurm) == [["seed=1"], ["seed=2"]]
+    with pytest.raises(ConfigError, match=r"^run 0 \(seed=1\): env.data \(nowhere.jsonl\)"):
+        checked(*on_slurm, "env.data=nowhere.jsonl")
