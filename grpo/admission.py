@@ -71,7 +71,9 @@ class Admission:
 
     def choose(self, finished: Iterable[int]) -> list[int] | None:
         """The next batch out of the `finished` groups, or None while it has to be waited for."""
-        there = sorted((self.deadlines[i], i) for i in finished if i in self.deadlines)[: self.groups_per_batch]
+        # With a bound of 0 in the order of the prompts, whichever is done first: the batches of a synchronous run.
+        its = self.deadlines if self.max_staleness else sorted(self.deadlines)[: self.groups_per_batch]
+        there = sorted((self.deadlines[i], i) for i in finished if i in its)[: self.groups_per_batch]
         if len(there) < self.groups_per_batch:
             return None
         chosen = [i for _, i in there]

@@ -23,6 +23,15 @@ def test_staleness_0_starts_exactly_what_one_version_trains_on():
     assert admission.start() == list(range(8, 16))
 
 
+def test_staleness_0_takes_prompts_in_their_order_whichever_are_done_first():
+    admission = Admission(groups_per_batch=2, num_groups=100, max_staleness=0, batches_per_version=2)
+    assert admission.start() == [0, 1, 2, 3]
+    assert admission.choose([2, 3]) is None
+    assert admission.choose([3, 0, 2]) is None
+    assert admission.choose([3, 1, 0, 2]) == [0, 1]
+    assert admission.choose([3, 2]) == [2, 3]
+
+
 def test_a_bound_of_one_keeps_one_version_of_groups_ahead():
     admission = Admission(groups_per_batch=2, num_groups=100, max_staleness=1)
     assert admission.start() == [0, 1, 2, 3]
