@@ -7,7 +7,8 @@ One turn of `GroupCollector` (grpo/collector.py, a TorchRL LLMCollector) is one 
 grpo/rollout.py. In async mode (grpo/background.py) the policy's place is taken by what the engines have finished meanwhile.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -37,6 +38,16 @@ class PromptStream:
     def __init__(self, num_problems: int, seed: int) -> None:
         self.num_problems, self.seed, self.position = num_problems, seed, 0
         self._order: tuple[int, np.ndarray | None] = (-1, None)  # a data pass, and its problems
+
+    @contextmanager
+    def taken_back(self) -> Iterator[None]:
+        """Have the problems be the next ones again that were used by what was left in the middle."""
+        before = self.position
+        try:
+            yield
+        except BaseException:  # a request to end too: the run is saved as it was before
+            self.position = before
+            raise
 
     def upcoming(self, count: int) -> list[int]:
         """The next `count` problem indices; asking does not use them up."""

@@ -29,6 +29,7 @@ from grpo.remote import get, get_all, get_done
 from grpo.replay import Seen
 from grpo.rewards import Grade
 from grpo.run import Run
+from grpo.session import is_due
 
 POLL_S = 0.01  # between two looks into the buffer
 
@@ -182,7 +183,8 @@ class AsyncRun(Run):
             summary["phases_s"][name] = round(sum(phase[name] for phase in phases), 3)
         summary["phases_s"]["generate"] = round((sum(engines) - self.evaluating_s) / len(engines), 3)
         ranks, wall_s = self.config.train_model.num_devices, self._training_clock() - self.started_s
-        account = make_account(summary["phases_s"], wall_s, len(engines), ranks, self.config.steps_per_push)
+        here = {name: s - self.progress.phases_s.get(name, 0.0) for name, s in summary["phases_s"].items()}
+        account = make_account(here, wall_s, len(engines), ranks, self.config.steps_per_push)
         print(f"\n{describe(account)}")
         return super()._account(summary) | {"account": account}
 
@@ -204,6 +206,8 @@ class AsyncRun(Run):
         now = self.progress
         self.admission.restore(**now.admission)
         if now.steps_since_push:
+            before = now.num_steps - now.steps_since_push
+            now.evaluated = not is_due(self.config.train.eval_frequency, before, now.num_steps)
             now.policy_version, now.steps_since_push = now.policy_version + 1, 0
             self._pushed()
         if self._differs:

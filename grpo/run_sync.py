@@ -76,7 +76,8 @@ class SyncRun(Run):
 
     def _next_collection(self) -> tuple[TensorDict, list[list[Grade]]]:
         if self.ahead is None:
-            return self._collect()
+            with self.stream.taken_back():
+                return self._collect()
         collected, self.ahead = self._wait_for_collection(), None
         return collected
 

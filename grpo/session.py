@@ -17,7 +17,7 @@ from typing import Any
 from tensordict import TensorDict
 
 from grpo.checkpoint import Checkpoint, CheckpointWriter, newest
-from grpo.errors import ConfigError, TrainingError
+from grpo.errors import CheckpointError, ConfigError, TrainingError
 from grpo.metrics import Clock, RunLog
 from grpo.plot import plot_run
 from grpo.pools import TrainerPool
@@ -154,7 +154,10 @@ class Session(ABC):
         self.save()
         self.writer.finish()
         before, after = now.before, self._test()
-        self.trainer.export(self.run_dir / "model")
+        try:
+            self.trainer.export(self.run_dir / "model")
+        except CheckpointError as error:
+            raise self.writer.disk_error(f"the model could not be written to {self.run_dir}", error) from None
         self.log.close()
         summary = {
             "eval": {"before": before, "after": after},

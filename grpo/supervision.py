@@ -325,7 +325,10 @@ def is_at_work(pid: int) -> bool:
     It may hold Python's lock for long, or share its cores with too many others. One that is stopped is not at work, and
     neither is one that waits for ever.
     """
-    for task in (PROCESSES / str(pid) / "task").glob("*/stat"):
+    tasks: list[Path] = []
+    with suppress(OSError):  # it ended meanwhile, or below one of its threads
+        tasks = [*(PROCESSES / str(pid) / "task").glob("*/stat")]
+    for task in tasks:
         with suppress(OSError):
             if task.read_text().rpartition(")")[2].split()[0] in "RD":
                 return True

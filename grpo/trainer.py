@@ -15,6 +15,7 @@ import numpy as np
 import ray
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from tensordict import TensorDict
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
@@ -371,4 +372,7 @@ class TrainerActor:
 
     def export(self, path: Path) -> None:
         """Write the model and its tokenizer in transformers format."""
-        export(self.model, load_tokenizer(self.spec.model), path)
+        try:
+            export(self.model, load_tokenizer(self.spec.model), path)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(one_line(error)[:400]) from None

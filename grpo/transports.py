@@ -52,6 +52,7 @@ class SharedMemorySender(Sender):
             self.path = f"/proc/{os.getpid()}/fd/{descriptor}"
         self.segment = torch.from_file(self.path, shared=True, size=num_bytes, dtype=torch.uint8)
         self.header = _header(self.segment, len(self.slots) + num_receivers)
+        self.header[: 1 + len(self.slots)] = -1  # no version yet: 0 is one
 
     def _header_bytes(self, num_parameters: int) -> int:
         return WORD * (1 + num_parameters + self.num_receivers)

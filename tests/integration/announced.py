@@ -2,8 +2,8 @@
 
     python -m tests.integration.announced [OVERRIDES]
 
-Nothing else is changed: the parts are the real ones. Each line is a phase: generate, train, push, evaluate, save (the
-ranks' part of a checkpoint) or complete (the rest of it, beside training).
+Nothing else is changed: the parts are the real ones. Each line is a phase: generate, reference, train, push, evaluate, save
+(the ranks' part of a checkpoint) or complete (the rest of it, beside training).
 """
 
 import functools
@@ -26,10 +26,11 @@ def announce(cls: type, method: str, phase: str) -> None:
 def main(config, run_dir) -> None:
     from grpo.checkpoint import CheckpointWriter
     from grpo.collector import InferencePolicy
-    from grpo.pools import TrainerPool, WeightPush
+    from grpo.pools import ReferencePool, TrainerPool, WeightPush
     from grpo.run import Run
 
     announce(InferencePolicy, "forward", "generate")
+    announce(ReferencePool, "score", "reference")
     announce(TrainerPool, "step", "train")
     announce(WeightPush, "__call__", "push")
     announce(Run, "evaluate", "evaluate")

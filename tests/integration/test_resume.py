@@ -136,11 +136,11 @@ def test_kills_at_random_moments(run_sync, tmp_path, overrides):
     path.write_text(json.dumps(told, indent=1) + "\n")
 
 
-ASKED = [("evaluate", 1), ("generate", 1), ("train", 3), ("push", 1), ("evaluate", 1), ("complete", 1)]
+ASKED = [("evaluate", 1), ("generate", 1), ("reference", 1), ("train", 3), ("push", 1), ("evaluate", 1), ("complete", 1)]
 
 
 @pytest.mark.parametrize(
-    "asked", [ASKED[1:3], pytest.param(ASKED, marks=pytest.mark.slow)], ids=["two phases", "each phase"]
+    "asked", [ASKED[2:4], pytest.param(ASKED, marks=pytest.mark.slow)], ids=["two phases", "each phase"]
 )
 def test_a_run_that_is_asked_to_end_goes_on_exactly(run_sync, tmp_path, asked):
     run_dir = tmp_path / "run"

@@ -1,6 +1,7 @@
 """Collecting with stub engines: which prompts come, and what a collection holds."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ from grpo.grading import Failed
 from grpo.inference import Sampling
 from grpo.metrics import Clock
 from grpo.objectives.divergences import k1
+from grpo.preemption import Preempted
 from grpo.rewards import Grade
 from grpo.rollout import Completions
+from grpo.run_sync import SyncRun
 from grpo.tasks import EncodedProblems, Problem
 
 from .conftest import DirectGrading
@@ -137,6 +140,23 @@ def test_a_run_uses_the_stream_in_order_and_numbers_its_groups():
     again, engines_again, _ = make_collector()
     list(again)
     assert engines_again.seeds == engines.seeds
+
+
+def test_a_collection_that_is_left_while_it_is_scored_is_the_next_one_again():
+    """A run that is asked to end meanwhile is saved without it."""
+
+    class Leaving:
+        def score(self, rollouts):
+            raise Preempted("SIGTERM")
+
+    collector, _, stream = make_collector(reference=Leaving())
+    stream.position = 3
+    run = SyncRun.__new__(SyncRun)
+    run.config = SimpleNamespace(train=SimpleNamespace(skip_zero_advantage=False))
+    run.collector, run.stream, run.ahead = collector, stream, None
+    with pytest.raises(Preempted):
+        run._next_collection()
+    assert stream.position == 3
 
 
 def test_a_collection_holds_each_groups_rollouts_grades_and_advantages():

@@ -11,6 +11,7 @@ from tensordict import TensorDict
 from grpo import remote, run_async
 from grpo.errors import ActorError
 from grpo.replay import GroupBuffer
+from grpo.run import Progress
 from grpo.run_async import AsyncRun
 from grpo.run_sync import SyncRun
 
@@ -150,3 +151,31 @@ def test_a_collector_that_died_has_nothing_to_tell_and_the_others_have(run, monk
     monkeypatch.setattr(remote.ray, "get", answer)
     monkeypatch.setattr(remote.ray, "wait", lambda calls, timeout: (calls[:1], calls[1:]))
     assert run._ask({"collector actor 0": "dead", "collector actor 1": "seconds"}, "telling its time") == ["seconds"]
+
+
+@pytest.mark.parametrize(("num_steps", "evaluated"), [(3, False), (5, True)])
+def test_an_evaluation_that_was_due_before_the_push_that_a_resume_begins_with_is_made(num_steps, evaluated):
+    """Every 3 steps, with a push every 2: step 3 was due and is behind the last push, step 5 is not."""
+    run = AsyncRun.__new__(AsyncRun)
+    run.config = SimpleNamespace(
+        train=SimpleNamespace(eval_frequency=3), train_model=SimpleNamespace(quantization=SimpleNamespace(enabled=False))
+    )
+    run.progress = Progress(num_steps=num_steps, steps_since_push=1, policy_version=1, admission={})
+    run.admission = SimpleNamespace(restore=lambda: None, again=[], pushed=lambda: None)
+    pushed = []
+    run.push = pushed.append
+    run._restore(None)
+    assert (run.progress.evaluated, pushed, run.progress.steps_since_push) == (evaluated, [2], 0)
+
+
+def test_the_account_is_of_this_processs_time_alone(monkeypatch):
+    run = AsyncRun.__new__(AsyncRun)
+    run.config = SimpleNamespace(
+        ray=SimpleNamespace(timeout_s=1.0), train_model=SimpleNamespace(num_devices=1), steps_per_push=1
+    )
+    run.engines = SimpleNamespace(ask=lambda *arguments: [50.0])
+    run.grading, run.collectors, run.evaluating_s = SimpleNamespace(restarts=0), {}, 0.0
+    run.progress = Progress(phases_s={"train": 900.0, "wait": 90.0, "push": 9.0})
+    run.started_s, run._training_clock = 0.0, lambda: 100.0
+    told = run._account({"phases_s": {"train": 960.0, "wait": 130.0, "push": 10.0}, "restarts": {}})["account"]
+    assert (told["trainer_busy"], told["waiting_for_data"], told["pushing"]) == (0.6, 0.4, 0.01)

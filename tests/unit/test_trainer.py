@@ -12,6 +12,7 @@ import ray
 import torch
 import torch.distributed as dist
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tensordict import TensorDict
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -676,6 +677,15 @@ def test_lora_dropout_is_drawn_from_the_seed_and_only_while_updating(make_traine
     with_dropout = run(0.5, 0)
     assert largest_difference(run(0.5, 0)[0], with_dropout[0]) == 0
     assert largest_difference(run(0.0, 0)[0], with_dropout[0]) > 1e-3
+
+
+def test_a_model_that_cannot_be_written_is_said_in_one_line(make_trainer, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    monkeypatch.setattr("grpo.trainer.export", full)
+    with pytest.raises(CheckpointError, match=r"^Error while serializing: I/O error: No space left on device$"):
+        make_trainer().export(tmp_path / "model")
 
 
 def test_buffers_that_a_model_saves_are_exported_too(make_trainer, tmp_path):
