@@ -15,7 +15,7 @@ from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from grpo.config_sections import RayConfig
-from grpo.errors import ActorError, ConfigError
+from grpo.errors import ActorError, ConfigError, one_line
 from grpo.leftovers import clean
 from grpo.nodes import Node, find_address, join_cluster, missing, node_resource, worker_environment
 from grpo.pools import named
@@ -46,7 +46,7 @@ def start_ray(config: RayConfig, num_processes: int, closing: ExitStack) -> None
 
 def _start_own(config: RayConfig, num_processes: int, closing: ExitStack) -> None:
     others = set(psutil.Process().children())
-    with deferred_interrupt(), _on_loopback():
+    with deferred_interrupt(), _on_loopback(), _ray_errors():
         ray.init(
             address="local",
             num_cpus=num_processes,
@@ -58,6 +58,17 @@ def _start_own(config: RayConfig, num_processes: int, closing: ExitStack) -> Non
             runtime_env={"env_vars": worker_environment()},
         )
         closing.callback(_end_ray, [child for child in psutil.Process().children() if child not in others])
+
+
+@contextmanager
+def _ray_errors() -> Iterator[None]:
+    """Say in one line what Ray raises as an Exception of no class of its own: that it did not come up."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise ActorError(f"Ray did not start: {one_line(error)} Is this machine overloaded? Try again") from None
 
 
 @contextmanager

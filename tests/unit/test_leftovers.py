@@ -11,6 +11,7 @@ import pytest
 
 from grpo import cluster, leftovers
 from grpo.config_sections import RayConfig
+from grpo.errors import ActorError
 from grpo.leftovers import MARK, claim_segments, clean, identity, is_gone, marked, segment_prefix
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="processes are looked for in /proc")
@@ -157,3 +158,16 @@ def test_what_was_left_is_removed_by_a_run_that_starts_and_not_by_one_that_is_re
     monkeypatch.setattr(cluster, "_start_own", lambda *_: None)
     cluster.start_ray(RayConfig(), 1, ExitStack())
     assert not left.exists()
+
+
+@pytest.mark.parametrize(("raised", "expected"), [(Exception, ActorError), (OSError, OSError)])
+def test_that_ray_does_not_come_up_is_said_in_one_line(monkeypatch, raised, expected):
+    """Which it says by a bare Exception; what has a class is no business of ours."""
+
+    def init(**options):
+        raise raised("The current node timed out during startup.")
+
+    monkeypatch.setattr(cluster.ray, "init", init)
+    with pytest.raises(expected, match=r"The current node timed out during startup\.") as error, ExitStack() as closing:
+        cluster.start_ray(RayConfig(), 1, closing)
+    assert str(error.value).startswith("Ray did not start: ") == (expected is ActorError)
