@@ -61,13 +61,13 @@ class SyncRun(Run):
         """A collection, and the verdicts on groups that were left out of it."""
         if not self.config.train.skip_zero_advantage:
             return next(self._collections), []
-        kept, dropped = [], []
+        kept, dropped, in_a_row = [], [], 0
         while len(kept) < self.config.groups_per_collection:
             teach, others = teaching(next(self._collections))
             kept += teach
             dropped += [group["record"].grades for group in others]
-            if not kept:
-                self._check_dropped(len(dropped))
+            in_a_row = 0 if teach else in_a_row + len(others)
+            self._check_dropped(in_a_row)
         return regroup(kept[: self.config.groups_per_collection]), dropped
 
     @cached_property
