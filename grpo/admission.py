@@ -45,6 +45,7 @@ class Admission:
         self.first_batch = 0  # of the version that the engines have
         self.next_id = 0
         self.deadlines: dict[int, int] = {}  # of the groups that are started and not yet chosen
+        self.in_hand: list[int] = []  # the batch that was chosen last, until it is trained on
         self.again: list[int] = []  # started by a process that ended, and to be started again
         self.leaving: list[int] = []  # the buffer with the batch that was chosen last, and second copies of what left before
 
@@ -84,7 +85,12 @@ class Admission:
             del self.deadlines[i]
         self.batch += 1
         self.leaving = sorted(set(finished) - self.deadlines.keys())
-        return sorted(chosen)
+        self.in_hand = sorted(chosen)
+        return self.in_hand
+
+    def trained(self) -> None:
+        """The batch that was chosen last is trained on now."""
+        self.in_hand = []
 
     def of_batch(self, chosen: list[int]) -> dict[str, float]:
         """What is to be logged of the batch that was chosen last."""
@@ -107,13 +113,19 @@ class Admission:
 
     @property
     def state(self) -> dict:
-        """What `restore` takes; groups that were started and not chosen are to be started again."""
-        again = sorted(self.deadlines) + self.again
-        return {"batch": self.batch, "first_batch": self.first_batch, "next_id": self.next_id, "again": again}
+        """What `restore` takes; groups that were started and not trained on are to be started again."""
+        batch = self.batch - bool(self.in_hand)
+        return {"batch": batch, "first_batch": self.first_batch, "next_id": self.next_id, "again": self._lost + self.again}
+
+    @property
+    def _lost(self) -> list[int]:
+        """The groups that are lost with the process."""
+        return sorted([*self.deadlines, *self.in_hand])
 
     def restore(self, batch: int, first_batch: int, next_id: int, again: list[int]) -> None:
         """Go on after `batch` batches; the groups `again` were started and are lost."""
-        self.batch, self.first_batch, self.next_id, self.again, self.deadlines = batch, first_batch, next_id, list(again), {}
+        self.batch, self.first_batch, self.next_id, self.again = batch, first_batch, next_id, list(again)
+        self.deadlines, self.in_hand = {}, []
 
 
 class UniformAdmission(Admission):
@@ -157,8 +169,8 @@ class UniformAdmission(Admission):
             self.uses[i] += 1
         self.batch += 1
         again = set(finished) - self.deadlines.keys() - self.there.keys() - set(self.expired)
-        self.leaving, self.expired = self.expired + sorted(again), []
-        return sorted(chosen)
+        self.leaving, self.expired, self.in_hand = self.expired + sorted(again), [], sorted(chosen)
+        return self.in_hand
 
     def _expire(self, ids: list[int]) -> None:
         for i in ids:
@@ -175,10 +187,9 @@ class UniformAdmission(Admission):
         }
 
     @property
-    def state(self) -> dict:
+    def _lost(self) -> list[int]:
         """The buffer is lost with the process: its groups that were never trained on are to be started again too."""
-        state = super().state
-        return state | {"again": sorted(i for i, uses in self.uses.items() if uses == 0) + state["again"]}
+        return sorted(i for i, uses in self.uses.items() if uses == (i in self.in_hand)) + sorted(self.deadlines)
 
     def restore(self, batch: int, first_batch: int, next_id: int, again: list[int]) -> None:
         super().restore(batch, first_batch, next_id, again)

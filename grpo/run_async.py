@@ -145,6 +145,11 @@ class AsyncRun(Run):
             print(f"{len(lost)} groups that were in flight are sampled again", file=sys.stderr)
         return True
 
+    def step(self, batch: TensorDict) -> None:
+        """One optimiser step on `batch` [B], logged."""
+        super().step(batch)
+        self.admission.trained()
+
     @property
     def push_is_due(self) -> bool:
         return self.progress.steps_since_push >= self.config.steps_per_push

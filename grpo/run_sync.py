@@ -140,7 +140,7 @@ class SyncRun(Run):
 
     def _state(self) -> dict[str, TensorDict]:
         collections = {}
-        if self.progress.steps_since_push:
+        if self.rollouts is not None:
             collections["collection"] = self.rollouts
         if self.ahead is not None:  # it was sampled under weights that are gone by then
             collections["ahead"], _ = self._wait_for_collection()

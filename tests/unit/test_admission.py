@@ -101,7 +101,20 @@ def test_a_resumed_run_starts_the_lost_groups_first():
     assert admission.deadline == 3
     assert admission.state == {"batch": 2, "first_batch": 2, "next_id": 8, "again": [3, 5, 6, 7]}
     assert admission.choose([5, 7]) == [5, 7]
+    admission.trained()
     assert admission.state == {"batch": 3, "first_batch": 2, "next_id": 8, "again": [3, 6]}
+
+
+def test_a_batch_that_was_chosen_and_not_trained_on_is_chosen_once_more_by_a_resumed_run():
+    admission = Admission(groups_per_batch=2, num_groups=10, max_staleness=1)
+    assert admission.start() == [0, 1, 2, 3]
+    assert admission.choose([1, 2]) == [1, 2]
+    assert admission.state == {"batch": 0, "first_batch": 0, "next_id": 4, "again": [0, 1, 2, 3]}
+    other = Admission(groups_per_batch=2, num_groups=10, max_staleness=1)
+    other.restore(**admission.state)
+    assert other.start() == [0, 1, 2, 3]
+    admission.trained()
+    assert admission.state == {"batch": 1, "first_batch": 0, "next_id": 4, "again": [0, 3]}
 
 
 @dataclass
@@ -142,8 +155,12 @@ class Play:
             if batch is None:
                 self.wait()
                 continue
+            if self.draw.random() < self.share_ended:
+                self.end()
+                continue
             yield batch
             self.trained.update(batch)
+            self.admission.trained()
             self.left |= set(self.admission.leaving)
             self.finished -= self.left
             self.since_push += 1
@@ -275,6 +292,8 @@ def test_a_resumed_uniform_run_starts_what_was_never_trained_on():
     admission.start()
     assert admission.choose([0, 2, 3]) is not None
     (unused,) = (i for i in (0, 2, 3) if admission.uses[i] == 0)
+    assert admission.state == {"batch": 0, "first_batch": 0, "next_id": 4, "again": [0, 2, 3, 1]}  # nothing was trained on
+    admission.trained()
     state = admission.state
     assert state == {"batch": 1, "first_batch": 0, "next_id": 4, "again": [unused, 1]}
     other = uniform()
@@ -306,7 +325,7 @@ def test_a_uniform_draw_has_nothing_older_than_the_bound_loses_no_prompt_and_blo
         make=lambda: UniformAdmission(*settings),
         batches_per_version=batches_per_version,
         most_running=most_running,
-        expired=lambda admission: set(admission.expired),
+        expired=lambda admission: {*admission.expired, *admission.leaving},
     )
     could_be_drawn = set()
     for batch in play.batches():
