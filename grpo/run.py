@@ -135,7 +135,10 @@ class Run(Session):
             self._evaluate()
 
     def evaluate(self, split: str) -> dict[str, float]:
-        """Greedy accuracy of the engines' weights on a held-out split: {"accuracy", "n"}."""
+        """Greedy accuracy on a held-out split: {"accuracy", "n"}.
+
+        It is that of the engines' weights: those of the last push, or of the checkpoint that a run has just gone on from.
+        """
         with self.clock.phase("eval"):
             max_tokens = self.config.inference_model.max_tokens
             return accuracy(self.engines, self.grading, self.data[split], self.tokenizer, max_tokens, self._eval_seed)

@@ -138,6 +138,12 @@ class SyncRun(Run):
         self._save_if_due(now.num_steps - 1 if self.config.train.sync_iter else before)
         REQUEST.check()
 
+    def evaluate(self, split: str) -> dict[str, float]:
+        """As in any mode, once the collection beside training is there: engines and graders do one thing at a time."""
+        if self.ahead is not None:
+            self._wait_for_collection()
+        return super().evaluate(split)
+
     def _state(self) -> dict[str, TensorDict]:
         collections = {}
         if self.rollouts is not None:
@@ -154,7 +160,7 @@ class SyncRun(Run):
         if ahead is not None:
             self.ahead = Future()
             self.ahead.set_result((ahead, []))
-        if self._differs and self.rollouts is None:
+        if self._differs:  # within a collection nothing is sampled under these weights: they are for `evaluate`
             self.push(self.progress.policy_version)
 
     @property

@@ -132,11 +132,14 @@ class VersionedEngines(Engines):
     def __init__(self) -> None:
         super().__init__()
         self.version, self.weights, self.lock = 0, 0, Lock()
+        self.measured: list[int] = []  # the weights of each evaluation
 
     def generate(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> Completions:
         assert self.lock.acquire(blocking=False), "the engines are at something else"
         try:
-            time.sleep(0.002)
+            time.sleep(0.01)
+            if sampling.temperature == 0:
+                self.measured.append(self.weights)
             completions = super().generate(prompts, sampling, seed)
             completions.versions[:] = self.version
             return completions
@@ -231,6 +234,27 @@ def test_a_checkpoint_before_any_step_has_the_collection_that_the_step_is_on(sav
     whole = run_through(tmp_path / "whole", *overrides)
     assert len(whole) == 8 + 24
     assert run_through(tmp_path / "resumed", *overrides, save_before=save_before) == whole
+
+
+def test_an_evaluation_between_steps_waits_for_the_collection_beside_them(tmp_path):
+    run = begun(tmp_path, "train.sync_iter=false", "train.eval_frequency=0")
+    for _ in batches(run):
+        assert run.evaluate("test")["n"] == len(LETTERS)
+    end(run)
+    assert run.engines.measured == [0, 0, 0, 2, 2, 4, 4, 6, 6]  # before training, and twice a push
+
+
+@pytest.mark.parametrize(("save_before", "version"), [(2, 1), (3, 1), (6, 3)])
+def test_a_run_that_was_resumed_within_a_collection_evaluates_the_weights_of_its_checkpoint(save_before, version, tmp_path):
+    first = begun(tmp_path, "train.eval_frequency=0")
+    assert save_before in batches(first)
+    first.save()
+    end(first)
+    run = begun(tmp_path, "train.eval_frequency=0")
+    run.evaluate("test")
+    end(run)
+    assert run.engines.measured == [save_before]
+    assert run.engines.version == version
 
 
 def test_an_asynchronous_checkpoint_before_a_batchs_first_step_has_it_still_to_come(monkeypatch):
