@@ -33,7 +33,9 @@ class Progress(session.Progress):
     steps_since_push: int = 0
     policy_version: int = 0
     collections: int = 0  # sync: that were handed out,
-    position: int = 0  # and prompts that were used
+    position: int = 0  # and prompts that were used;
+    of_collection: dict[str, float] = field(default_factory=dict)  # `Run.of_batch` of the one that is being trained on,
+    dropped_ahead: list = field(default_factory=list)  # and verdicts on the groups that were left out of the one ahead
     admission: dict = field(default_factory=dict)  # async: `Admission.state`
 
 

@@ -145,23 +145,25 @@ class SyncRun(Run):
         return super().evaluate(split)
 
     def _state(self) -> dict[str, TensorDict]:
-        collections = {}
+        collections, now = {}, self.progress
+        now.of_collection, now.dropped_ahead = self.of_batch, []
         if self.rollouts is not None:
             collections["collection"] = self.rollouts
         if self.ahead is not None:  # it was sampled under weights that are gone by then
-            collections["ahead"], _ = self._wait_for_collection()
-        self.progress.position = self.stream.position
+            collections["ahead"], now.dropped_ahead = self._wait_for_collection()
+        now.position = self.stream.position
         return collections
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        self.stream.position = self.progress.position
+        now = self.progress
+        self.stream.position, self.of_batch = now.position, now.of_collection
         self.rollouts = checkpoint.collection("collection")
         ahead = checkpoint.collection("ahead")
         if ahead is not None:
             self.ahead = Future()
-            self.ahead.set_result((ahead, []))
+            self.ahead.set_result((ahead, [[Grade(**grade) for grade in group] for group in now.dropped_ahead]))
         if self._differs:  # within a collection nothing is sampled under these weights: they are for `evaluate`
-            self.push(self.progress.policy_version)
+            self.push(now.policy_version)
 
     @property
     def _eval_seed(self) -> int:

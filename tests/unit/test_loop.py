@@ -236,6 +236,17 @@ def test_a_checkpoint_before_any_step_has_the_collection_that_the_step_is_on(sav
     assert run_through(tmp_path / "resumed", *overrides, save_before=save_before) == whole
 
 
+@pytest.mark.parametrize("sync_iter", ["true", "false"])
+@pytest.mark.parametrize("save_before", [0, 1, 3, 4, 5])
+def test_what_was_left_out_of_a_collection_is_logged_by_a_resumed_run_too(save_before, sync_iter, tmp_path):
+    overrides = f"train.sync_iter={sync_iter}", "train.eval_frequency=0", "train.skip_zero_advantage=true"
+    whole = run_through(tmp_path / "whole", *overrides, letters="bd")
+    steps = [line for line in whole if "rollout/groups" in line]
+    assert [line["rollout/dropped_groups"] for line in steps] == [4, 4, 2, 2, 2, 2, 4, 4]
+    assert all(line["rollout/reward_mean_with_dropped"] < line["rollout/reward_mean"] for line in steps)
+    assert run_through(tmp_path / "resumed", *overrides, letters="bd", save_before=save_before) == whole
+
+
 def test_an_evaluation_between_steps_waits_for_the_collection_beside_them(tmp_path):
     run = begun(tmp_path, "train.sync_iter=false", "train.eval_frequency=0")
     for _ in batches(run):
