@@ -131,10 +131,11 @@ class Admission:
 class UniformAdmission(Admission):
     """A batch is a uniform draw of as many finished groups: each is trained on as often as chance has it.
 
-    A finished group stays until its deadline is over or `capacity` younger ones are there. What is started is bounded by
-    `most_running` and not by what is there, so engines go on at their own pace; and a batch waits for those groups alone
-    whose last batch it is, so that each can be drawn at least once, however long its responses are. `max_staleness` must be
-    at least 1, or what is started while a batch waits would have to be waited for too.
+    A finished group stays until its deadline is over, or `capacity` younger ones are there and a draw has passed it over.
+    What is started is bounded by `most_running`, so engines go on at their own pace; but while a batch waits, nothing is
+    started once `capacity` groups are there. A batch waits for those groups alone whose last batch it is, so that each can
+    be drawn at least once, however long its responses are. `max_staleness` must be at least 1, or what is started while a
+    batch waits would have to be waited for too.
     """
 
     def __init__(
@@ -152,17 +153,26 @@ class UniformAdmission(Admission):
         self.capacity, self.seed = capacity, seed
         self.there: dict[int, int] = {}  # deadlines of finished groups, in the order in which they came
         self.uses: dict[int, int] = {}  # how often each of them was trained on
+        self.num_new = 0  # those of them that came since the last draw
+        self.waits = False  # whether the next batch was asked for, and had to be waited for
         self.expired: list[int] = []  # since the last batch
         self.left_unused = 0  # of them
+
+    def start(self) -> list[int]:
+        return [] if self.waits and len(self.there) >= self.capacity else super().start()
 
     def choose(self, finished: Iterable[int]) -> list[int] | None:
         for i in sorted(self.deadlines.keys() & set(finished)):
             self.there[i], self.uses[i] = self.deadlines.pop(i), 0
+            self.num_new += 1
         late = [i for i, last in self.there.items() if last < self.batch]
         in_time = [i for i, last in self.there.items() if last >= self.batch]
-        self._expire(late + in_time[: -self.capacity])
-        if len(self.there) < self.groups_per_batch or any(last <= self.batch for last in self.deadlines.values()):
+        self._expire(late + in_time[: -max(self.capacity, self.num_new)])
+        is_short = len(self.there) < self.groups_per_batch
+        self.waits = is_short or any(last <= self.batch for last in self.deadlines.values())
+        if self.waits:
             return None
+        self.num_new = 0
         draw = np.random.default_rng([self.seed, self.batch])
         chosen = draw.choice(sorted(self.there), self.groups_per_batch, replace=False).tolist()
         for i in chosen:
@@ -193,4 +203,4 @@ class UniformAdmission(Admission):
 
     def restore(self, batch: int, first_batch: int, next_id: int, again: list[int]) -> None:
         super().restore(batch, first_batch, next_id, again)
-        self.there, self.uses, self.expired = {}, {}, []
+        self.there, self.uses, self.expired, self.num_new, self.waits = {}, {}, [], 0, False
