@@ -45,6 +45,7 @@ class Admission:
         self.first_batch = 0  # of the version that the engines have
         self.next_id = 0
         self.deadlines: dict[int, int] = {}  # of the groups that are started and not yet chosen
+        self.in_hand: list[int] = []  # the batch that was chosen last, until it is trained on
         self.again: list[int] = []  # started by a process that ended, and to be started again
         self.leaving: list[int] = []  # the buffer with the batch that was chosen last, and second copies of what left before
 
@@ -84,7 +85,12 @@ class Admission:
             del self.deadlines[i]
         self.batch += 1
         self.leaving = sorted(set(finished) - self.deadlines.keys())
-        return sorted(chosen)
+        self.in_hand = sorted(chosen)
+        return self.in_hand
+
+    def trained(self) -> None:
+        """The batch that was chosen last is trained on now."""
+        self.in_hand = []
 
     def of_batch(self, chosen: list[int]) -> dict[str, float]:
         """What is to be logged of the batch that was chosen last."""
@@ -107,22 +113,29 @@ class Admission:
 
     @property
     def state(self) -> dict:
-        """What `restore` takes; groups that were started and not chosen are to be started again."""
-        again = sorted(self.deadlines) + self.again
-        return {"batch": self.batch, "first_batch": self.first_batch, "next_id": self.next_id, "again": again}
+        """What `restore` takes; groups that were started and not trained on are to be started again."""
+        batch = self.batch - bool(self.in_hand)
+        return {"batch": batch, "first_batch": self.first_batch, "next_id": self.next_id, "again": self._lost + self.again}
+
+    @property
+    def _lost(self) -> list[int]:
+        """The groups that are lost with the process."""
+        return sorted([*self.deadlines, *self.in_hand])
 
     def restore(self, batch: int, first_batch: int, next_id: int, again: list[int]) -> None:
         """Go on after `batch` batches; the groups `again` were started and are lost."""
-        self.batch, self.first_batch, self.next_id, self.again, self.deadlines = batch, first_batch, next_id, list(again), {}
+        self.batch, self.first_batch, self.next_id, self.again = batch, first_batch, next_id, list(again)
+        self.deadlines, self.in_hand = {}, []
 
 
 class UniformAdmission(Admission):
     """A batch is a uniform draw of as many finished groups: each is trained on as often as chance has it.
 
-    A finished group stays until its deadline is over or `capacity` younger ones are there. What is started is bounded by
-    `most_running` and not by what is there, so engines go on at their own pace; and a batch waits for those groups alone
-    whose last batch it is, so that each can be drawn at least once, however long its responses are. `max_staleness` must be
-    at least 1, or what is started while a batch waits would have to be waited for too.
+    A finished group stays until its deadline is over, or `capacity` younger ones are there and a draw has passed it over.
+    What is started is bounded by `most_running`, so engines go on at their own pace; but while a batch waits, nothing is
+    started once `capacity` groups are there. A batch waits for those groups alone whose last batch it is, so that each can
+    be drawn at least once, however long its responses are. `max_staleness` must be at least 1, or what is started while a
+    batch waits would have to be waited for too.
     """
 
     def __init__(
@@ -140,25 +153,34 @@ class UniformAdmission(Admission):
         self.capacity, self.seed = capacity, seed
         self.there: dict[int, int] = {}  # deadlines of finished groups, in the order in which they came
         self.uses: dict[int, int] = {}  # how often each of them was trained on
+        self.num_new = 0  # those of them that came since the last draw
+        self.waits = False  # whether the next batch was asked for, and had to be waited for
         self.expired: list[int] = []  # since the last batch
         self.left_unused = 0  # of them
+
+    def start(self) -> list[int]:
+        return [] if self.waits and len(self.there) >= self.capacity else super().start()
 
     def choose(self, finished: Iterable[int]) -> list[int] | None:
         for i in sorted(self.deadlines.keys() & set(finished)):
             self.there[i], self.uses[i] = self.deadlines.pop(i), 0
+            self.num_new += 1
         late = [i for i, last in self.there.items() if last < self.batch]
         in_time = [i for i, last in self.there.items() if last >= self.batch]
-        self._expire(late + in_time[: -self.capacity])
-        if len(self.there) < self.groups_per_batch or any(last <= self.batch for last in self.deadlines.values()):
+        self._expire(late + in_time[: -max(self.capacity, self.num_new)])
+        is_short = len(self.there) < self.groups_per_batch
+        self.waits = is_short or any(last <= self.batch for last in self.deadlines.values())
+        if self.waits:
             return None
+        self.num_new = 0
         draw = np.random.default_rng([self.seed, self.batch])
         chosen = draw.choice(sorted(self.there), self.groups_per_batch, replace=False).tolist()
         for i in chosen:
             self.uses[i] += 1
         self.batch += 1
         again = set(finished) - self.deadlines.keys() - self.there.keys() - set(self.expired)
-        self.leaving, self.expired = self.expired + sorted(again), []
-        return sorted(chosen)
+        self.leaving, self.expired, self.in_hand = self.expired + sorted(again), [], sorted(chosen)
+        return self.in_hand
 
     def _expire(self, ids: list[int]) -> None:
         for i in ids:
@@ -175,11 +197,10 @@ class UniformAdmission(Admission):
         }
 
     @property
-    def state(self) -> dict:
+    def _lost(self) -> list[int]:
         """The buffer is lost with the process: its groups that were never trained on are to be started again too."""
-        state = super().state
-        return state | {"again": sorted(i for i, uses in self.uses.items() if uses == 0) + state["again"]}
+        return sorted(i for i, uses in self.uses.items() if uses == (i in self.in_hand)) + sorted(self.deadlines)
 
     def restore(self, batch: int, first_batch: int, next_id: int, again: list[int]) -> None:
         super().restore(batch, first_batch, next_id, again)
-        self.there, self.uses, self.expired = {}, {}, []
+        self.there, self.uses, self.expired, self.num_new, self.waits = {}, {}, [], 0, False

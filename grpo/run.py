@@ -33,7 +33,9 @@ class Progress(session.Progress):
     steps_since_push: int = 0
     policy_version: int = 0
     collections: int = 0  # sync: that were handed out,
-    position: int = 0  # and prompts that were used
+    position: int = 0  # and prompts that were used;
+    of_collection: dict[str, float] = field(default_factory=dict)  # `Run.of_batch` of the one that is being trained on,
+    dropped_ahead: list = field(default_factory=list)  # and verdicts on the groups that were left out of the one ahead
     admission: dict = field(default_factory=dict)  # async: `Admission.state`
 
 
@@ -135,7 +137,10 @@ class Run(Session):
             self._evaluate()
 
     def evaluate(self, split: str) -> dict[str, float]:
-        """Greedy accuracy of the engines' weights on a held-out split: {"accuracy", "n"}."""
+        """Greedy accuracy on a held-out split: {"accuracy", "n"}.
+
+        It is that of the engines' weights: those of the last push, or of the checkpoint that a run has just gone on from.
+        """
         with self.clock.phase("eval"):
             max_tokens = self.config.inference_model.max_tokens
             return accuracy(self.engines, self.grading, self.data[split], self.tokenizer, max_tokens, self._eval_seed)

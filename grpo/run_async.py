@@ -45,7 +45,8 @@ class AsyncRun(Run):
     collecting: dict[str, ObjectRef] = field(default_factory=dict)  # the collectors' calls that end with the run
     finished: set[int] = field(default_factory=set)  # groups that were in the buffer at the last look
     evaluating_s: float = 0.0  # engine seconds
-    dropped: dict[int, list[Grade]] = field(default_factory=dict)  # groups without advantage since the last batch
+    dropped: dict[int, list[Grade]] = field(default_factory=dict)  # groups without advantage since the last batch,
+    dropped_in_a_row: int = 0  # and since the last group that has one
 
     def batches(self) -> Iterator[TensorDict]:
         """Optimiser batches [B] of finished groups, none of them older than train.max_staleness when it is trained on."""
@@ -104,11 +105,12 @@ class AsyncRun(Run):
         """Take note of what the buffer has."""
         seen: Seen = get(self.buffer.look.remote(), self.config.ray.timeout_s, BUFFER, "telling what is finished")
         self.engines.sampled(seen.sampled)
-        self.finished = set(seen.finished)
+        before, self.finished = self.finished, set(seen.finished)
         # A group that seemed to be lost is sampled again, and may come twice.
         dropped = {i: grades for i, grades in seen.dropped.items() if i in self.admission.deadlines}
         self.dropped |= dropped
-        self._check_dropped(len(self.dropped))
+        self.dropped_in_a_row = 0 if self.finished - before else self.dropped_in_a_row + len(dropped)
+        self._check_dropped(self.dropped_in_a_row)
         self.admission.drop(dropped)
 
     @property
@@ -143,6 +145,11 @@ class AsyncRun(Run):
             self._submit(lost)
             print(f"{len(lost)} groups that were in flight are sampled again", file=sys.stderr)
         return True
+
+    def step(self, batch: TensorDict) -> None:
+        """One optimiser step on `batch` [B], logged."""
+        super().step(batch)
+        self.admission.trained()
 
     @property
     def push_is_due(self) -> bool:

@@ -61,13 +61,13 @@ class SyncRun(Run):
         """A collection, and the verdicts on groups that were left out of it."""
         if not self.config.train.skip_zero_advantage:
             return next(self._collections), []
-        kept, dropped = [], []
+        kept, dropped, in_a_row = [], [], 0
         while len(kept) < self.config.groups_per_collection:
             teach, others = teaching(next(self._collections))
             kept += teach
             dropped += [group["record"].grades for group in others]
-            if not kept:
-                self._check_dropped(len(dropped))
+            in_a_row = 0 if teach else in_a_row + len(others)
+            self._check_dropped(in_a_row)
         return regroup(kept[: self.config.groups_per_collection]), dropped
 
     @cached_property
@@ -139,24 +139,32 @@ class SyncRun(Run):
         self._save_if_due(now.num_steps - 1 if self.config.train.sync_iter else before)
         REQUEST.check()
 
+    def evaluate(self, split: str) -> dict[str, float]:
+        """As in any mode, once the collection beside training is there: engines and graders do one thing at a time."""
+        if self.ahead is not None:
+            self._wait_for_collection()
+        return super().evaluate(split)
+
     def _state(self) -> dict[str, TensorDict]:
-        collections = {}
-        if self.progress.steps_since_push:
+        collections, now = {}, self.progress
+        now.of_collection, now.dropped_ahead = self.of_batch, []
+        if self.rollouts is not None:
             collections["collection"] = self.rollouts
         if self.ahead is not None:  # it was sampled under weights that are gone by then
-            collections["ahead"], _ = self._wait_for_collection()
-        self.progress.position = self.stream.position
+            collections["ahead"], now.dropped_ahead = self._wait_for_collection()
+        now.position = self.stream.position
         return collections
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        self.stream.position = self.progress.position
+        now = self.progress
+        self.stream.position, self.of_batch = now.position, now.of_collection
         self.rollouts = checkpoint.collection("collection")
         ahead = checkpoint.collection("ahead")
         if ahead is not None:
             self.ahead = Future()
-            self.ahead.set_result((ahead, []))
-        if self._differs and self.rollouts is None:
-            self.push(self.progress.policy_version)
+            self.ahead.set_result((ahead, [[Grade(**grade) for grade in group] for group in now.dropped_ahead]))
+        if self._differs:  # within a collection nothing is sampled under these weights: they are for `evaluate`
+            self.push(now.policy_version)
 
     @property
     def _eval_seed(self) -> int:

@@ -101,7 +101,20 @@ def test_a_resumed_run_starts_the_lost_groups_first():
     assert admission.deadline == 3
     assert admission.state == {"batch": 2, "first_batch": 2, "next_id": 8, "again": [3, 5, 6, 7]}
     assert admission.choose([5, 7]) == [5, 7]
+    admission.trained()
     assert admission.state == {"batch": 3, "first_batch": 2, "next_id": 8, "again": [3, 6]}
+
+
+def test_a_batch_that_was_chosen_and_not_trained_on_is_chosen_once_more_by_a_resumed_run():
+    admission = Admission(groups_per_batch=2, num_groups=10, max_staleness=1)
+    assert admission.start() == [0, 1, 2, 3]
+    assert admission.choose([1, 2]) == [1, 2]
+    assert admission.state == {"batch": 0, "first_batch": 0, "next_id": 4, "again": [0, 1, 2, 3]}
+    other = Admission(groups_per_batch=2, num_groups=10, max_staleness=1)
+    other.restore(**admission.state)
+    assert other.start() == [0, 1, 2, 3]
+    admission.trained()
+    assert admission.state == {"batch": 1, "first_batch": 0, "next_id": 4, "again": [0, 3]}
 
 
 @dataclass
@@ -122,6 +135,7 @@ class Play:
     trained: Counter[int] = field(default_factory=Counter)
     dropped: set[int] = field(default_factory=set)
     left: set[int] = field(default_factory=set)
+    most_finished: int = 0  # at a time
 
     def __post_init__(self) -> None:
         self.admission = self.make()
@@ -138,12 +152,17 @@ class Play:
             self.started |= dict.fromkeys(ids, self.version)
             self.running |= {i: self.draw.choice([1, self.draw.randint(1, 60)]) for i in ids}
             assert len(self.running) <= self.most_running
+            self.most_finished = max(self.most_finished, len(self.finished))
             batch = self.admission.choose(self.finished)
             if batch is None:
                 self.wait()
                 continue
+            if self.draw.random() < self.share_ended:
+                self.end()
+                continue
             yield batch
             self.trained.update(batch)
+            self.admission.trained()
             self.left |= set(self.admission.leaving)
             self.finished -= self.left
             self.since_push += 1
@@ -252,6 +271,39 @@ def test_younger_groups_take_the_room_of_the_oldest():
     assert admission.leaving == [5]
 
 
+def test_what_came_while_a_batch_waited_is_drawn_from_before_it_makes_room_and_there_is_an_end_to_it():
+    admission = uniform(capacity=4)
+    assert admission.start() == [0, 1, 2, 3]
+    assert admission.choose([1, 2, 3]) is not None
+    admission.pushed()
+    assert admission.start() == [4, 5, 6]
+    assert admission.choose([1, 2, 3, 4, 5]) is None  # 0 has its last batch now
+    assert admission.start() == []  # 4 are there
+    assert admission.choose([1, 2, 3, 4, 5, 6]) is None
+    assert admission.start() == []
+    batch = admission.choose([0, 1, 2, 3, 4, 5, 6])
+    assert set(batch) <= {0, 4, 5, 6}
+    assert admission.leaving == [1, 2, 3]
+    admission.pushed()
+    assert admission.start() == [7, 8, 9, 10]
+
+
+@pytest.mark.parametrize("capacity", [2, 3, 4])
+def test_however_long_a_batch_waits_what_comes_meanwhile_is_drawn_from_and_bounded(capacity):
+    admission = uniform(capacity=capacity)
+    running = set(admission.start())
+    finished = {1, 2, 3}
+    admission.choose(finished)
+    admission.pushed()
+    for _ in range(50):
+        running |= set(admission.start())
+        finished |= running - {0}
+        assert admission.choose(finished) is None
+    assert len(finished) < 3 + capacity + 4
+    admission.choose(finished | {0})
+    assert admission.leaving == [1, 2, 3]
+
+
 def test_a_second_copy_of_a_group_that_has_left_leaves_with_the_next_batch():
     admission = Admission(2, 8, 1)
     assert admission.start() == [0, 1, 2, 3]
@@ -275,6 +327,8 @@ def test_a_resumed_uniform_run_starts_what_was_never_trained_on():
     admission.start()
     assert admission.choose([0, 2, 3]) is not None
     (unused,) = (i for i in (0, 2, 3) if admission.uses[i] == 0)
+    assert admission.state == {"batch": 0, "first_batch": 0, "next_id": 4, "again": [0, 2, 3, 1]}  # nothing was trained on
+    admission.trained()
     state = admission.state
     assert state == {"batch": 1, "first_batch": 0, "next_id": 4, "again": [unused, 1]}
     other = uniform()
@@ -295,30 +349,31 @@ def test_draws_depend_on_the_seed_and_the_batch_alone():
 
 @pytest.mark.parametrize("seed", range(300))
 def test_a_uniform_draw_has_nothing_older_than_the_bound_loses_no_prompt_and_blocks_never(seed):
-    """And every group could be drawn, however long it took."""
+    """And every group could be drawn, however long it took, and however little room there is."""
     draw = random.Random(seed)
     batches_per_version, max_staleness, size = draw.randint(1, 3), draw.randint(1, 4), draw.randint(1, 4)
     batches, most_running = draw.randint(1, 30), size + draw.randint(0, 12)
-    capacity = draw.choice([10_000, size, 2 * size])
+    default = (max_staleness + 1) * batches_per_version * size  # of train.buffer_size
+    capacity = draw.choice([default, size, 2 * size])
     settings = size, size * batches, max_staleness, batches_per_version, most_running, capacity, seed
     play = Play(
         draw,
         make=lambda: UniformAdmission(*settings),
         batches_per_version=batches_per_version,
         most_running=most_running,
-        expired=lambda admission: set(admission.expired),
+        expired=lambda admission: {*admission.expired, *admission.leaving},
     )
     could_be_drawn = set()
     for batch in play.batches():
         leaving = set(play.admission.leaving)
         assert len(set(batch)) == size
         assert not set(batch) & leaving
-        if capacity == 10_000:
-            assert leaving <= could_be_drawn
+        assert leaving <= could_be_drawn
         there = play.finished - leaving
         assert all(play.version - play.started[i] <= max_staleness for i in there)
-        assert len(there) <= capacity
+        assert len(there) < capacity + most_running
         could_be_drawn |= there
     assert play.trained.total() == size * batches
-    if capacity == 10_000 and not play.dropped | play.running.keys() | play.again:
+    assert play.most_finished < 2 * (capacity + most_running)  # what has expired leaves with the next batch
+    if not play.dropped | play.running.keys() | play.again:
         assert could_be_drawn == play.started.keys()

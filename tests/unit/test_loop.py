@@ -1,0 +1,281 @@
+"""A run's loop without actors: what it collects, leaves out, keeps in a checkpoint, and takes up again."""
+
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from pathlib import Path
+from threading import Lock
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tensordict import TensorDict
+
+import grpo
+from grpo import run_async
+from grpo.admission import Admission
+from grpo.builtin import make_tokenizer
+from grpo.checkpoint import CheckpointWriter, newest
+from grpo.collect import Finish, PromptEnv, PromptStream
+from grpo.collector import GroupCollector, InferencePolicy
+from grpo.errors import TrainingError
+from grpo.inference import Sampling
+from grpo.metrics import LOGS, Clock, RunLog
+from grpo.replay import Seen, make_replay_buffer
+from grpo.rewards import Grade
+from grpo.rollout import Completions
+from grpo.run import Progress, Run
+from grpo.run_async import AsyncRun
+from grpo.run_sync import SyncRun
+from grpo.tasks import EncodedProblems, Problem
+
+from .conftest import DirectGrading
+from .test_collect import LETTERS, Echo, Engines
+from .test_replay import collection
+
+SKIPPING = SimpleNamespace(
+    train=SimpleNamespace(skip_zero_advantage=True),
+    groups_per_collection=2,
+    groups_per_batch=1,
+    ray=SimpleNamespace(timeout_s=1.0),
+)
+
+
+def rounds(*teaching: int):
+    """Collections of 2 groups, of which so many have an advantage; what comes after `teaching` has none."""
+    for i in range(100):
+        groups = collection(2 * i, 2)
+        groups["advantage"] = torch.zeros(groups["reward"].shape)
+        groups["advantage"][: teaching[i] if i < len(teaching) else 0] = 1.0
+        yield groups
+
+
+@pytest.mark.parametrize(("teach", "in_a_row"), [((), 52), ((1,), 52), ((0, 0, 1), 52)])
+def test_a_collection_is_given_up_where_nothing_teaches_any_more_though_one_group_did(teach, in_a_row):
+    its = SyncRun.__new__(SyncRun)
+    its.config, its._collections = SKIPPING, rounds(*teach)
+    with pytest.raises(TrainingError, match=rf"^{in_a_row} groups in a row had equal rewards"):
+        its._collect()
+
+
+def test_groups_that_are_left_out_are_no_row_where_one_between_them_teaches():
+    its = SyncRun.__new__(SyncRun)
+    its.config, its._collections = SKIPPING, rounds(*[0] * 25, 1, *[0] * 25, 1)
+    kept, dropped = its._collect()
+    assert kept["group_id"][:, 0].tolist() == [50, 102]
+    assert len(dropped) == 102
+
+
+@pytest.fixture
+def looking(monkeypatch):
+    """An asynchronous run, and a function that has it look at a buffer with so many groups more in it, or left out."""
+    monkeypatch.setattr(run_async, "get", lambda seen, *_: seen)
+    its, ids, there = AsyncRun.__new__(AsyncRun), count(), []
+    its.config, its.finished, its.dropped = SKIPPING, set(), {}
+    its.engines, its.admission = SimpleNamespace(sampled=lambda ids: None), SimpleNamespace(deadlines=range(1000))
+    its.admission.drop = lambda ids: None
+
+    def look(finished: int, dropped: int) -> None:
+        there.extend(next(ids) for _ in range(finished))
+        seen = Seen([], list(there), {next(ids): [] for _ in range(dropped)})
+        its.buffer = SimpleNamespace(look=SimpleNamespace(remote=lambda: seen))
+        its._look()
+
+    return look
+
+
+def test_a_row_of_groups_that_are_left_out_begins_anew_with_one_that_teaches(looking):
+    for finished, dropped in [(0, 30), (1, 20), (0, 30), (2, 0), (0, 50)]:
+        looking(finished, dropped)
+    with pytest.raises(TrainingError, match=r"^51 groups in a row had equal rewards"):
+        looking(0, 1)
+
+
+class Picky(Echo):
+    """Responses to a problem of `letters` are worth more the longer they are; those to the others are worth the same."""
+
+    def __init__(self, letters: str) -> None:
+        self.letters = letters
+
+    def grade(self, problem: Problem, response: str) -> Grade:
+        grade = super().grade(problem, response)
+        return grade if problem.question in self.letters else Grade({"length": 0.5}, "wrong", response)
+
+
+class Trainer:
+    """A TrainerPool whose weights are how many steps they have taken."""
+
+    def __init__(self) -> None:
+        self.weights = 0
+
+    def step(self, batch: TensorDict, number: int, with_log_probs: bool) -> tuple[dict[str, float], None]:
+        self.weights += 1
+        return {"train/loss": float(number * batch["tokens"].sum() + self.weights)}, None
+
+    def save(self, path: Path) -> dict:
+        save_file({"weights": torch.tensor([self.weights])}, path / "shard-00001.safetensors")
+        return {}
+
+    def saved(self, wait: bool) -> bool:
+        return True
+
+    def load(self, path: Path, numbers: dict) -> None:
+        self.weights = int(load_file(path / "shard-00001.safetensors")["weights"])
+
+
+class VersionedEngines(Engines):
+    """Stub engines that have weights and their version, and do one thing at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.version, self.weights, self.lock = 0, 0, Lock()
+        self.measured: list[int] = []  # the weights of each evaluation
+
+    def generate(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> Completions:
+        assert self.lock.acquire(blocking=False), "the engines are at something else"
+        try:
+            time.sleep(0.01)
+            if sampling.temperature == 0:
+                self.measured.append(self.weights)
+            completions = super().generate(prompts, sampling, seed)
+            completions.versions[:] = self.version
+            return completions
+        finally:
+            self.lock.release()
+
+
+def begun(run_dir: Path, *overrides: str, letters: str = LETTERS) -> SyncRun:
+    """A synchronous run over five one-letter problems, new or resumed: 4 collections of 2 groups, a group a step.
+
+    Those of `letters` alone teach.
+    """
+    sizes = ("env.repeats=3", "env.num_envs=2", "train.dialog_turns_per_batch=6", "train.optim_batch_size=3")
+    rest = ("train.total_dialog_turns=24", "train.gradient_accumulation_steps=1", "logging.progress=false")
+    config = grpo.compose("grpo_arithmetic", ["mode=sync", *sizes, *rest, *overrides])
+    run_dir.mkdir(exist_ok=True)
+    tokenizer, trainer, engines, clock = make_tokenizer(), Trainer(), VersionedEngines(), Clock()
+    data = EncodedProblems([Problem(letter, letter) for letter in LETTERS], tokenizer(list(LETTERS))["input_ids"], 0)
+    stream, grading, resumed = PromptStream(len(LETTERS), seed=2), DirectGrading(Picky(letters)), newest(run_dir)
+    env = PromptEnv((2, 3), grading, data, stream, tokenizer, clock)
+    policy = InferencePolicy(engines, data, Sampling(3, 8, 1.0), 11, clock)
+
+    def push(version: int) -> None:
+        assert not engines.lock.locked()
+        engines.version, engines.weights = version, trainer.weights
+
+    run = SyncRun(
+        config=config,
+        run_dir=run_dir,
+        grading=grading,
+        tokenizer=tokenizer,
+        data={"train": data, "test": data, "validation": data},
+        trainer=trainer,
+        engines=engines,
+        push=push,
+        clock=clock,
+        log=RunLog(run_dir, config, None if resumed is None else resumed.state["log"]),
+        writer=CheckpointWriter(run_dir, 3, trainer, resumed),
+        resumed=resumed,
+        supervisor=SimpleNamespace(restarts={}, take_up=lambda restarts: None),
+        stream=stream,
+        collector=GroupCollector(
+            env, policy=policy, dialog_turns_per_batch=6, total_dialog_turns=-1, postproc=Finish(env, None, 0.0)
+        ),
+        replay_buffer=make_replay_buffer(2, 1),
+        background=ThreadPoolExecutor(1),
+        old=None,
+    )
+    run.begin()
+    return run
+
+
+def end(run: SyncRun) -> None:
+    run.background.shutdown()
+    run.writer.finish()
+    run.writer.close()
+    run.log.close()
+
+
+def batches(run: SyncRun) -> Iterator[int]:
+    """The run's loop, which stops before each step: the number of steps that are done."""
+    for rollouts in run.collections():
+        for batch in run.batches(rollouts):
+            yield run.progress.num_steps
+            run.step(batch)
+        run.push_weights()
+
+
+def logged(run_dir: Path) -> list[dict]:
+    """What metrics.jsonl and rollouts.jsonl say, but for the time that it took."""
+    lines = [json.loads(line) for name in LOGS for line in (run_dir / name).read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith("time")} for line in lines]
+
+
+def run_through(run_dir: Path, *overrides: str, save_before: int | None = None, **settings) -> list[dict]:
+    """What a run logs, which is saved before the step after `save_before` steps, ends there and is resumed."""
+    if save_before is not None:
+        run = begun(run_dir, *overrides, **settings)
+        assert save_before in batches(run)
+        run.save()
+        end(run)
+    run = begun(run_dir, *overrides, **settings)
+    assert list(batches(run)) == list(range(save_before or 0, 8))
+    end(run)
+    return logged(run_dir)
+
+
+@pytest.mark.parametrize("sync_iter", ["true", "false"])
+@pytest.mark.parametrize("save_before", [0, 1, 2, 3, 6])
+def test_a_checkpoint_before_any_step_has_the_collection_that_the_step_is_on(save_before, sync_iter, tmp_path):
+    overrides = f"train.sync_iter={sync_iter}", "train.eval_frequency=0"
+    whole = run_through(tmp_path / "whole", *overrides)
+    assert len(whole) == 8 + 24
+    assert run_through(tmp_path / "resumed", *overrides, save_before=save_before) == whole
+
+
+@pytest.mark.parametrize("sync_iter", ["true", "false"])
+@pytest.mark.parametrize("save_before", [0, 1, 3, 4, 5])
+def test_what_was_left_out_of_a_collection_is_logged_by_a_resumed_run_too(save_before, sync_iter, tmp_path):
+    overrides = f"train.sync_iter={sync_iter}", "train.eval_frequency=0", "train.skip_zero_advantage=true"
+    whole = run_through(tmp_path / "whole", *overrides, letters="bd")
+    steps = [line for line in whole if "rollout/groups" in line]
+    assert [line["rollout/dropped_groups"] for line in steps] == [4, 4, 2, 2, 2, 2, 4, 4]
+    assert all(line["rollout/reward_mean_with_dropped"] < line["rollout/reward_mean"] for line in steps)
+    assert run_through(tmp_path / "resumed", *overrides, letters="bd", save_before=save_before) == whole
+
+
+def test_an_evaluation_between_steps_waits_for_the_collection_beside_them(tmp_path):
+    run = begun(tmp_path, "train.sync_iter=false", "train.eval_frequency=0")
+    for _ in batches(run):
+        assert run.evaluate("test")["n"] == len(LETTERS)
+    end(run)
+    assert run.engines.measured == [0, 0, 0, 2, 2, 4, 4, 6, 6]  # before training, and twice a push
+
+
+@pytest.mark.parametrize(("save_before", "version"), [(2, 1), (3, 1), (6, 3)])
+def test_a_run_that_was_resumed_within_a_collection_evaluates_the_weights_of_its_checkpoint(save_before, version, tmp_path):
+    first = begun(tmp_path, "train.eval_frequency=0")
+    assert save_before in batches(first)
+    first.save()
+    end(first)
+    run = begun(tmp_path, "train.eval_frequency=0")
+    run.evaluate("test")
+    end(run)
+    assert run.engines.measured == [save_before]
+    assert run.engines.version == version
+
+
+def test_an_asynchronous_checkpoint_before_a_batchs_first_step_has_it_still_to_come(monkeypatch):
+    monkeypatch.setattr(Run, "step", lambda self, batch: None)
+    its = AsyncRun.__new__(AsyncRun)
+    its.progress, its.admission = Progress(), Admission(groups_per_batch=2, num_groups=8, max_staleness=0)
+    its.admission.start()
+    its.admission.choose([0, 1])
+    its._state()
+    assert its.progress.admission == {"batch": 0, "first_batch": 0, "next_id": 2, "again": [0, 1]}
+    its.step(TensorDict())
+    its._state()
+    assert its.progress.admission == {"batch": 1, "first_batch": 0, "next_id": 2, "again": []}
