@@ -36,8 +36,9 @@ from grpo.metrics import Clock, RunLog
 from grpo.models import load_tokenizer
 from grpo.objectives.online import divisor
 from grpo.plan import Plan, make_plan
-from grpo.pools import EnginePool, ReferencePool, Revive, TrainerPool, WeightPush, named
+from grpo.pools import EnginePool, ReferencePool, Revive, TrainerPool, named
 from grpo.preemption import REQUEST
+from grpo.push import WeightPush
 from grpo.reference import ReferenceActor
 from grpo.remote import HEARTBEATS, LOOK_S, get_all
 from grpo.replay import GroupBuffer, make_replay_buffer

@@ -37,9 +37,9 @@ from grpo.grading import GradingPool
 from grpo.inference import Request
 from grpo.launch import compose
 from grpo.metrics import Clock, RunLog
+from grpo.micro_batches import split_rows
 from grpo.models import load_tokenizer
 from grpo.objectives.online import summarise
-from grpo.pools import split_rows
 from grpo.replay import make_replay_buffer
 from grpo.rollout import Completions
 from grpo.tasks.arithmetic import split_expressions

@@ -1,7 +1,7 @@
 """Writes what of docs/ is made from the code: every configuration key, and what fits which GPU (make docs).
 
 A key's meaning is the comment on its line in the dataclass, or above it. The memory figures are the estimates of
-grpo/plan.py for architectures that are written down here, so nothing is downloaded.
+grpo/memory.py for architectures that are written down here, so nothing is downloaded.
 """
 
 import ast
@@ -20,9 +20,9 @@ from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 from grpo.config import RENAMED, RunConfig
 from grpo.config_sections import LoraConfig
 from grpo.launch import CONFIG_DIR
+from grpo.memory import trainer_bytes
 from grpo.models import kv_cache_bytes, num_adapter_parameters, num_parameters
 from grpo.offline_config import OfflineConfig
-from grpo.plan import trainer_bytes
 from grpo.resume import MAY_CHANGE
 
 DOCS = Path(__file__).resolve().parent

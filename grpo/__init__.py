@@ -4,15 +4,17 @@ What PUBLIC names is the Python interface (docs/python.md). Each is imported whe
 takes no time.
 
     the algorithm   run_sync, run_async (on run, session); collect (collector, background); replay, admission;
-                    rollout: what a batch holds
+                    rollout: what a batch holds; micro_batches: how it is split
     mathematics     advantages, objectives/, intervals, adamw_8bit
-    text to score   tasks/, instructions (IFEval's), rewards, shapes, grading; chat: text to tokens
-    models          models, adapters, four_bit, builtin
+    text to score   tasks/ (stated_numbers is of GSM8K, instructions of IFEval), rewards, shapes, grading;
+                    chat: text to tokens
+    models          models, scoring, adapters, four_bit, builtin
     actors          trainer (trainer_state), reference, inference (engine_vllm, vllm_worker, engine_transformers);
                     pools: the driver's side of them
-    weight pushes   weight_sync, transports; colocate
-    Ray             cluster, nodes, placement, remote, leftovers, supervision, preemption
-    configuration   config, config_sections, rules, errors, sources, launch, plan, throughput, resume, sweep
+    weight pushes   push, weight_sync, transports; colocate
+    Ray             cluster, nodes, remote, leftovers, supervision, preemption
+    configuration   config, config_sections, rules, errors, sources, launch, resume, sweep
+    what it needs   plan: devices, memory, placement, throughput
     run directory   checkpoint, metrics, account
     offline         offline, offline_config, offline_plan, offline_run, offline_trainer, scored
     tools           doctor, evaluate (measure, comparison, standalone), generate, grade, export, plot, view (viewer/),

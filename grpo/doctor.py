@@ -77,7 +77,7 @@ class Doctor:
                 )
             names = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
             return ", ".join(f"{gpu.name} with {gpu.total_memory / 2**30:.0f} GiB" for gpu in names)
-        from grpo.plan import cuda_build, num_cores, resolve_device
+        from grpo.devices import cuda_build, num_cores, resolve_device
 
         if shutil.which("nvidia-smi") and "device=cpu" not in self.typed:
             if cuda_build() is None:

@@ -8,8 +8,9 @@ from transformers import GenerationConfig
 
 from grpo.colocate import give_memory_back
 from grpo.inference import EngineSpec, Request
-from grpo.models import load_model, load_tokenizer, score, score_text
+from grpo.models import load_model, load_tokenizer
 from grpo.rollout import Completions, length_mask
+from grpo.scoring import score, score_text
 from grpo.transports import make_receiver
 from grpo.weight_sync import Receipt, checksum
 

@@ -52,8 +52,8 @@ def export_checkpoint(run_dir: Path, checkpoint: Path, out: Path) -> dict:
     from grpo import builtin, models, trainer_state
     from grpo.adapters import load_lora
     from grpo.checkpoint import STATE, TRAINER, damage
+    from grpo.devices import resolve_device
     from grpo.four_bit import check_four_bit
-    from grpo.plan import resolve_device
 
     with _not_removed(checkpoint):
         if (reason := damage(checkpoint)) is not None:

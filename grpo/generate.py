@@ -140,14 +140,16 @@ def _prompt(row: dict) -> str | None:
 @contextmanager
 def asker(config: RunConfig, model: str, temperature: float) -> Iterator[Asker]:
     """An engine with `model`, as `config` describes both."""
-    from grpo import builtin, plan  # here: they import transformers
+    from grpo import builtin  # here: it and they import transformers
+    from grpo.devices import engine_device
     from grpo.inference import Sampling, engine_spec
     from grpo.models import load_tokenizer
     from grpo.models import read_config as read_model_config
+    from grpo.plan import check_positions
     from grpo.standalone import Part, started
 
-    device, path = plan.engine_device(config), builtin.resolve(model, config.model.cache_dir)
-    plan.check_positions(config, read_model_config(path))
+    device, path = engine_device(config), builtin.resolve(model, config.model.cache_dir)
+    check_positions(config, read_model_config(path))
     inference = config.inference_model
     task, grader, tokenizer = tasks.load(config.env), tasks.grader(config.env), load_tokenizer(path)
     part = Part(Sampling(1, inference.max_tokens, temperature, inference.top_p), config.seed)

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
-from grpo import builtin, plan, tasks
+from grpo import builtin, tasks
 from grpo.comparison import Answers, Question
 from grpo.config import RunConfig
+from grpo.devices import engine_device
 from grpo.errors import DataError, RewardError
 from grpo.grading import Failed, GradingPool
 from grpo.inference import Sampling, engine_spec
 from grpo.models import load_tokenizer, read_config
+from grpo.plan import check_positions
 from grpo.rewards import Grade
 from grpo.rollout import Completions
 from grpo.standalone import Part, sample
@@ -68,11 +70,11 @@ def ask(
     config: RunConfig, models: dict[str, str], questions: list[Question], task: tasks.Task, pool: GradingPool, k: int
 ) -> tuple[list[Question], dict[str, Answers]]:
     """The questions that are not longer than env.max_prompt_length for any model, and each model's answers to them."""
-    device, limit = plan.engine_device(config), config.env.max_prompt_length
+    device, limit = engine_device(config), config.env.max_prompt_length
     encoded = {}
     for name, model in models.items():
         path = builtin.resolve(model, config.model.cache_dir)
-        plan.check_positions(config, read_config(path))
+        check_positions(config, read_config(path))
         tokenizer = load_tokenizer(path)
         encoded[name] = path, tokenizer, [tasks.encode(question.problem, task, tokenizer) for question in questions]
     kept = [i for i in range(len(questions)) if all(len(prompts[i]) <= limit for _, _, prompts in encoded.values())]

@@ -3,21 +3,15 @@
 from dataclasses import dataclass
 
 from grpo.adapters import check_adapter
+from grpo.devices import resolve_device
 from grpo.errors import ConfigError
 from grpo.four_bit import check_four_bit
+from grpo.memory import check_memory, trainer_bytes
 from grpo.models import num_adapter_parameters, num_parameters
 from grpo.nodes import Node
 from grpo.offline_config import OfflineConfig
-from grpo.plan import (
-    check_memory,
-    describe_nodes,
-    find_architecture,
-    find_nodes,
-    num_threads,
-    place_roles,
-    resolve_device,
-    trainer_bytes,
-)
+from grpo.placement import num_threads, place_roles
+from grpo.plan import describe_nodes, find_architecture, find_nodes
 from grpo.scored import hold_out, read_groups
 
 

@@ -5,9 +5,10 @@ from functools import partial
 import torch
 from tensordict import TensorDict
 
-from grpo.models import score, token_log_probs
+from grpo.micro_batches import split_rows
 from grpo.objectives.offline import group_kl_loss, summarise
-from grpo.pools import ReferencePool, TrainerPool, split_rows
+from grpo.pools import ReferencePool, TrainerPool
+from grpo.scoring import score, token_log_probs
 from grpo.trainer import TrainerActor
 
 

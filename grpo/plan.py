@@ -4,10 +4,6 @@ The checks that need the machine are here; those of the configuration alone are 
 grpo/config_sections.py.
 """
 
-import math
-import os
-import shutil
-from collections import Counter
 from dataclasses import dataclass
 
 import psutil
@@ -17,17 +13,22 @@ from transformers import PreTrainedConfig
 from grpo import builtin
 from grpo.config import RunConfig
 from grpo.config_sections import RayConfig
+from grpo.devices import engine_device, num_cores
 from grpo.errors import ConfigError, times
-from grpo.four_bit import BYTES as FOUR_BITS
-from grpo.four_bit import check_four_bit
-from grpo.models import DTYPES, kv_cache_bytes, num_adapter_parameters, num_parameters, read_config
+from grpo.memory import (
+    check_memory,
+    check_shared_gpus,
+    count_parameters,
+    gpu_phases_of,
+    phases_of,
+    role_bytes,
+    states_bytes,
+)
+from grpo.models import read_config
 from grpo.nodes import Node, cluster_nodes, find_address, join_cluster
-from grpo.placement import place
+from grpo.placement import num_threads, place_roles
 from grpo.sources import BUILTIN, LARGE, stated_parameters
 from grpo.throughput import forecast, shape_of
-
-FLOAT32, FLOAT16 = 4, 2  # bytes
-CUDA_BYTES = 512 << 20  # of CUDA's own that every process has on a GPU
 
 
 @dataclass(frozen=True)
@@ -135,39 +136,6 @@ def describe_nodes(nodes: list[Node], places: dict[str, list[int]]) -> list[str]
     return lines
 
 
-def cuda_build() -> str | None:
-    """The CUDA that PyTorch, and vLLM with it, are built for; None of CPU builds."""
-    return torch.version.cuda
-
-
-def resolve_device(device: str, nodes: list[Node] | None = None) -> str:
-    """`auto` becomes cuda where there is a GPU, else cpu; a device that none of `nodes` (this machine) has is an error.
-
-    So is a GPU that PyTorch does not see, unless the device is cpu.
-    """
-    has_gpu = torch.cuda.is_available() if nodes is None else any(node.gpus for node in nodes)
-    is_blind = shutil.which("nvidia-smi") and cuda_build() and not torch.cuda.is_available()
-    if is_blind and not has_gpu and device in ("auto", "cuda"):
-        raise ConfigError(
-            f"device ({device}): PyTorch's CUDA {cuda_build()} sees no GPU: a newer driver is needed, or device=cpu, with "
-            "inference_model.backend=transformers where responses are sampled"
-        )
-    available = {"cuda": has_gpu, "mps": torch.backends.mps.is_available(), "cpu": True}
-    if device == "auto":
-        return "cuda" if available["cuda"] else "cpu"
-    if not available[device]:
-        raise ConfigError(f"device ({device}) is not on this machine; use device=auto")
-    return device
-
-
-def engine_device(config: RunConfig, nodes: list[Node] | None = None) -> str:
-    """`resolve_device` for what samples; ConfigError where its engine does not run on that device."""
-    device = resolve_device(config.device, nodes)
-    if device == "cpu" and config.inference_model.backend == "vllm" and cuda_build():  # which looks for a GPU by itself
-        raise ConfigError("device (cpu) needs inference_model.backend=transformers: the vLLM here is the CUDA build")
-    return device
-
-
 def find_nodes(config: RayConfig) -> list[Node]:
     """This machine; or the nodes of the cluster at ray.address, which this process joins, its own first."""
     address = find_address(config)
@@ -176,51 +144,6 @@ def find_nodes(config: RayConfig) -> list[Node]:
         return [Node("this machine", num_cores(), gpus, psutil.virtual_memory().available)]
     join_cluster(address)
     return cluster_nodes()
-
-
-def place_roles(
-    config: RayConfig, nodes: list[Node], roles: dict[str, int], sizes: dict[str, int], device: str, sharing: int
-) -> dict[str, list[int]]:
-    """The node of each process: `sharing` of them share a GPU; on a cluster each has a CPU, on one machine they share them.
-
-    Raises ConfigError where a node of the cluster has too few of either.
-    """
-    if config.address is None:
-        return {role: [0] * count for role, count in roles.items()}
-    room = [node.gpus * sharing if device == "cuda" else node.cores for node in nodes]
-    places = place(roles, sizes, room, config.placement == "pack")
-    for i, node in enumerate(nodes):
-        there = sum(its.count(i) for its in places.values())
-        if there > node.cores:
-            raise ConfigError(
-                f"ray.address ({config.address}): node {node.name} has {node.cores} CPUs and gets {there} of the run's "
-                "processes, each of which needs one: give Ray more there (sbatch --cpus-per-task), or lower the num_devices"
-            )
-    return places
-
-
-def check_memory(
-    name: str, nodes: list[Node], places: dict[str, list[int]], memory: dict[str, int], extra: int, remedy: str
-) -> None:
-    """Raise ConfigError where a node has less memory than its processes of model `name` need; the first has `extra` too."""
-    for i, node in enumerate(nodes):
-        needed = sum(memory[role] * its.count(i) for role, its in places.items()) + extra * (i == 0)
-        if needed > node.memory_bytes:
-            where = "are free" if len(nodes) == 1 else f"are free on node {node.name}"
-            raise ConfigError(
-                f"model.name ({name}) needs about {needed / 2**30:.1f} GiB of memory and "
-                f"{node.memory_bytes / 2**30:.1f} GiB {where}: use a smaller model, or {remedy}"
-            )
-
-
-def num_threads(nodes: list[Node], places: dict[str, list[int]], sizes: dict[str, int], in_turns: bool) -> dict[str, int]:
-    """Threads a process of each role, so that no node has more than cores; roles that work `in_turns` have all of them."""
-
-    def share(role: str, i: int) -> int:
-        busy = [role] if in_turns else places
-        return nodes[i].cores // sum(places[one].count(i) * sizes[one] for one in busy)
-
-    return {role: max(1, min(share(role, i) for i in its)) for role, its in places.items()}
 
 
 def choose_transport(config: RunConfig, places: dict[str, list[int]], sharing: int) -> str:
@@ -264,65 +187,6 @@ def find_architecture(name: str, device: str) -> PreTrainedConfig:
     return read_config(name)
 
 
-def trainer_bytes(parameters: int, in_four_bits: int, trained: int, has_adapters: bool, optimizer: str, ranks: int) -> int:
-    """What a training rank holds: weights, gradients and optimiser states in shards, and a full copy of the weights.
-
-    The copy is loaded, pushed or gathered. Weights in 4 bits are whole on every rank.
-    """
-    sharded, updated = (parameters - in_four_bits) * FLOAT32, trained * FLOAT32
-    states = {"adamw": 2, "adamw_offload": 2, "adamw_8bit": 0.5, "adam": 2, "sgd": 0}[optimizer]
-    own = (sharded + updated * (has_adapters + 1 + states)) // ranks
-    return int(own + in_four_bits * FOUR_BITS + parameters * FLOAT32)
-
-
-def phases_of(config: RunConfig, memory: dict[str, int], passing: int) -> dict[str, dict[str, int]]:
-    """Bytes a process of each role, by what the run does meanwhile.
-
-    With colocate=true a trainer at rest has none of what is `passing` (gradients, the whole copy of the weights), and an
-    engine asleep has nothing.
-    """
-    if not config.colocate:
-        return {"at all times": memory}
-    at_rest = memory["trainer"] - passing
-    return {"sampling": memory | {"trainer": at_rest}, "training": memory | {"inference": 0}}
-
-
-def gpu_bytes(index: int) -> int:
-    """The memory of a GPU of this machine."""
-    return torch.cuda.get_device_properties(index).total_memory
-
-
-def check_shared_gpus(config: RunConfig, roles: dict[str, int], phases: dict[str, dict[str, int]], sharing: int) -> None:
-    """Raise ConfigError where the share of a GPU that vLLM is to take is not left by the processes beside it.
-
-    `phases` are the bytes that a process of each role holds on its GPU at least; activations come on top. Ray fills one GPU
-    with `sharing` processes before it takes the next, in the order in which the actors are started.
-    """
-    share, gib = config.inference_model.gpu_memory_utilization, 2**30
-    started = [role for role in ("inference", "reference", "trainer") for _ in range(roles.get(role, 0))]
-    for index in range(-(-len(started) // sharing)):
-        here, total = Counter(started[index * sharing : (index + 1) * sharing]), gpu_bytes(index)
-        for memory in phases.values():
-            held = here.total() * CUDA_BYTES + sum(memory[role] * here[role] for role in here if role != "inference")
-            engines = here["inference"] if memory["inference"] else 0  # one that sleeps takes nothing
-            if held + engines * share * total <= total:
-                continue
-            beside = " and ".join(f"{here[role]} x {role}" for role in ("trainer", "reference") if here[role])
-            others = f"{beside} beside it take" if beside else "CUDA takes"
-            most = math.floor(100 * (total - held) / total / max(1, engines)) / 100
-            if engines == 0 or most <= 0:
-                raise ConfigError(
-                    f"model.name ({config.model.name}): {beside} take at least {held / gib:.1f} GiB of a GPU that has "
-                    f"{total / gib:.1f}: use more GPUs, a smaller model, or what docs/memory.md has"
-                )
-            turns = " or set colocate=true," if beside and config.mode == "sync" and not config.colocate else ""
-            raise ConfigError(
-                f"inference_model.gpu_memory_utilization ({share:g}) must be at most {most:g}, less what activations take: "
-                f"{engines} x inference on a GPU of {total / gib:.1f} GiB, of which {others} at least {held / gib:.1f}: "
-                f"lower it,{turns} see docs/memory.md"
-            )
-
-
 def check_colocate(config: RunConfig, device: str) -> None:
     """Raise ConfigError where the run's processes cannot have one device in turns."""
     inference = config.inference_model
@@ -335,80 +199,63 @@ def check_colocate(config: RunConfig, device: str) -> None:
         )
 
 
-def held_responses(config: RunConfig) -> int:
-    """Responses that driver and replay buffer hold at one time, each copy counted."""
-    if config.mode == "sync":
-        # As they are scored, in the collection, and in the batch; with train.sync_iter=false there are two collections.
-        return (3 if config.train.sync_iter else 5) * config.train.dialog_turns_per_batch
-    groups = config.buffered_groups + (config.running_groups if config.train.replay == "uniform" else 0)
-    # In the buffer or on the way to it; and a batch, as it is put together and as the driver has it.
-    return groups * config.env.repeats + 2 * config.train.optim_batch_size
-
-
-def num_cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def make_plan(config: RunConfig) -> Plan:
-    """Check the configuration against this machine, or the cluster; raises ConfigError in one line."""
-    nodes = find_nodes(config.ray)
-    device = engine_device(config, nodes)
-    model, name = find_architecture(config.model.name, device), config.model.name
-    length = check_positions(config, model)
-    if config.colocate:
-        check_colocate(config, device)
-    roles = {"trainer": config.train_model.num_devices, "inference": config.inference_model.num_devices}
-    if config.num_references:
-        roles["reference"] = config.num_references
-    parameters, lora = num_parameters(model), config.train_model.lora
-    policy = check_four_bit(model, "train_model.quantization.enabled") if config.train_model.quantization.enabled else 0
-    reference = check_four_bit(model, "ref_model.quantization.enabled") if config.reference_in_four_bits else 0
-    trained = num_adapter_parameters(model, lora) if lora.enabled else parameters
-    weights = parameters * FLOAT32
-    in_flight = config.env.num_envs * config.env.repeats
-    memory = {
-        "trainer": trainer_bytes(parameters, policy, trained, lora.enabled, config.optimizer.name, roles["trainer"]),
-        "inference": weights + kv_cache_bytes(model, in_flight * length, FLOAT32),
-        "reference": int((parameters - reference) * DTYPES[config.train.mixed_precision].itemsize + reference * FOUR_BITS),
-    }
-    memory = {role: memory[role] for role in roles}
-    gradients = trained * FLOAT32 // roles["trainer"]
-    phases = phases_of(config, memory, gradients + weights)
-    states = held_responses(config) * length * model.hidden_size * FLOAT16 if config.anchor else 0
-    gpus = sum(node.gpus for node in nodes) if device == "cuda" else 0
-    tensor_parallel = config.inference_model.tensor_parallel_size
+def check_heads(config: RunConfig, model: PreTrainedConfig) -> None:
+    """Raise ConfigError where an engine cannot give each of its GPUs the same number of the model's heads."""
+    size = config.inference_model.tensor_parallel_size
     for key in ("num_attention_heads", "num_key_value_heads"):
-        heads = getattr(model, key, tensor_parallel)
-        if heads % tensor_parallel:
-            raise ConfigError(
-                f"inference_model.tensor_parallel_size ({tensor_parallel}) must divide the model's {key} ({heads})"
-            )
-    sizes = {role: tensor_parallel if role == "inference" else 1 for role in roles}
+        heads = getattr(model, key, size)
+        if heads % size:
+            raise ConfigError(f"inference_model.tensor_parallel_size ({size}) must divide the model's {key} ({heads})")
+
+
+def processes_per_gpu(config: RunConfig, nodes: list[Node], roles: dict[str, int], sizes: dict[str, int]) -> int:
+    """On the fullest GPU; ConfigError where processes that need one of their own would have to share it."""
+    gpus = sum(node.gpus for node in nodes)
     processes = sum(count * sizes[role] for role, count in roles.items())
-    sharing = -(-processes // (1 if config.colocate else gpus)) if gpus else 0  # processes on the fullest GPU
+    sharing = -(-processes // (1 if config.colocate else gpus))
     where = "this machine" if config.ray.address is None else "the cluster"
     if sharing > 1 and roles["trainer"] > 1:
         raise ConfigError(
             f"train_model.num_devices ({roles['trainer']}) needs a GPU for each of the run's {processes} processes, since "
             f"training ranks cannot share one, and {where} has {gpus}: lower it, or the other num_devices"
         )
-    if sharing > 1 and tensor_parallel > 1:
+    if sharing > 1 and sizes["inference"] > 1:
         raise ConfigError(
-            f"inference_model.tensor_parallel_size ({tensor_parallel}) needs a GPU for each of the run's {processes} "
+            f"inference_model.tensor_parallel_size ({sizes['inference']}) needs a GPU for each of the run's {processes} "
             f"processes, and {where} has {gpus}: lower it, or the num_devices"
         )
+    return sharing
+
+
+def make_plan(config: RunConfig) -> Plan:
+    """Check the configuration against this machine, or the cluster; raises ConfigError in one line."""
+    nodes = find_nodes(config.ray)
+    device = engine_device(config, nodes)
+    model = find_architecture(config.model.name, device)
+    length = check_positions(config, model)
+    check_heads(config, model)
+    if config.colocate:
+        check_colocate(config, device)
+    roles = {
+        "trainer": config.train_model.num_devices,
+        "inference": config.inference_model.num_devices,
+        "reference": config.num_references,
+    }
+    roles = {role: number for role, number in roles.items() if number}
+    sizes = {role: config.inference_model.tensor_parallel_size if role == "inference" else 1 for role in roles}
+    count = count_parameters(config, model)
+    memory = role_bytes(config, model, count, length)
+    memory = {role: memory[role] for role in roles}
+    phases, states = phases_of(config, memory, count), states_bytes(config, model, length)
+    sharing = processes_per_gpu(config, nodes, roles, sizes) if device == "cuda" else 0
     places = place_roles(config.ray, nodes, roles, sizes, device, sharing)
     if sharing > 1 and config.ray.address is None and config.inference_model.backend == "vllm":
-        # One rank's whole copy of the weights is the CPU's, and so is what is offloaded.
-        offloads, in_four_bits = config.optimizer.name == "adamw_offload", int(policy * FOUR_BITS)
-        held = memory | {"trainer": in_four_bits if offloads else memory["trainer"] - weights}
-        check_shared_gpus(config, roles, phases_of(config, held, 0 if offloads else gradients), sharing)
+        check_shared_gpus(config, roles, gpu_phases_of(config, memory, count), sharing)
     if device == "cpu":
         held = ", or train.dialog_turns_per_batch" if config.mode == "sync" else ", or train.buffer_size"
         remedy = "lower env.num_envs or inference_model.max_tokens" + held * (states > 0)
         for needed in phases.values():
-            check_memory(name, nodes, places, needed, states, remedy)
+            check_memory(config.model.name, nodes, places, needed, states, remedy)
     return Plan(
         device=device,
         nodes=nodes,
@@ -417,9 +264,9 @@ def make_plan(config: RunConfig) -> Plan:
         # In turns each role has the cores for itself; otherwise engines sample while trainers optimise.
         threads=num_threads(nodes, places, sizes, in_turns=config.staleness_bound == 0),
         transport=choose_transport(config, places, sharing),
-        parameters=parameters,
-        trained=trained,
-        in_four_bits=policy,
+        parameters=count.all,
+        trained=count.trained,
+        in_four_bits=count.in_four_bits,
         memory_bytes=memory,
         phases=phases,
         states_bytes=states,

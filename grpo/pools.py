@@ -7,22 +7,19 @@ over the whole, and answers come back in the order of the questions.
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
-import numpy as np
 import torch
 from ray import ObjectRef
 from ray.actor import ActorHandle
-from ray.exceptions import RayTaskError
 from tensordict import TensorDict
 
-from grpo.errors import ActorError, PushError
+from grpo.errors import ActorError
 from grpo.inference import Request, Sampling
-from grpo.remote import Again, ask, get, get_all, get_done, wait_until_back
+from grpo.micro_batches import split_rows
+from grpo.remote import Again, ask, get_all, get_done, wait_until_back
 from grpo.rollout import Completions
-from grpo.weight_sync import Sent, verify
 
 # Starts the engine of that name again after the error, and has it take part in pushes, with the last one's weights or not.
 Revive = Callable[[str, ActorHandle, ActorError, bool], None]
@@ -205,60 +202,6 @@ def submit(actors: list[ActorHandle], method: str, arguments: list[tuple], order
         return [getattr(actor, method).remote(*its) for actor, its in zip(actors, arguments, strict=True)]
 
 
-@dataclass(frozen=True)
-class Share:
-    """A rank's part of a batch: its rows, one micro-batch after the other, and how many rows each of those has.
-
-    The first `num_training` micro-batches carry gradient; of the others only metrics are wanted.
-    """
-
-    rows: torch.Tensor
-    sizes: list[int]
-    num_training: int
-
-
-def split_rows(
-    lengths: torch.Tensor,
-    num_ranks: int,
-    num_micro_batches: int,
-    max_tokens: int | None = None,
-    training: torch.Tensor | None = None,
-) -> list[Share]:
-    """Each rank's share of a batch, in `num_micro_batches` micro-batches a rank, or more where `max_tokens` takes it.
-
-    lengths: int64 [B] tokens a row; B must be a multiple of num_ranks * num_micro_batches. training: bool [B], the rows that
-    carry gradient (default: all); a few others join them so that each rank can have as many. A micro-batch has at most
-    B / (num_ranks * num_micro_batches) rows, and its rows times its longest row is at most `max_tokens`; each rank has as
-    many of them, and each row is in one. Rows of similar length fall into one micro-batch, and the ranks' micro-batches of
-    one turn are alike, so little is padded and no rank waits long.
-    """
-    order = lengths.argsort(descending=True, stable=True)
-    trains = torch.ones(len(order), dtype=torch.bool) if training is None else training[order]
-    joining = -int(trains.sum()) % num_ranks
-    trains[(~trains).nonzero()[:joining, 0]] = True
-    most = len(lengths) // (num_ranks * num_micro_batches)
-    first, others = (_parts(rows, lengths, num_ranks, most, max_tokens) for rows in (order[trains], order[~trains]))
-    turns = [(first + others)[rank::num_ranks] for rank in range(num_ranks)]
-    return [Share(torch.cat(mine), [len(part) for part in mine], len(first) // num_ranks) for mine in turns]
-
-
-def _parts(
-    order: torch.Tensor, lengths: torch.Tensor, num_ranks: int, most: int, max_tokens: int | None
-) -> list[torch.Tensor]:
-    """Rows of `order` (longest first) in micro-batches, a multiple of `num_ranks` of them."""
-    parts, start = [], 0
-    while start < len(order):
-        longest = int(lengths[order[start]])
-        rows = most if max_tokens is None else min(most, max_tokens // longest)
-        assert rows > 0, f"a row of {longest} tokens is over the budget of {max_tokens} a micro-batch"
-        parts.append(order[start : start + rows])
-        start += rows
-    while len(parts) % num_ranks:  # one row a part, at the latest, is a multiple
-        largest = max(range(len(parts)), key=lambda i: (len(parts[i]) > 1, len(parts[i]) * int(lengths[parts[i][0]])))
-        parts[largest : largest + 1] = parts[largest].tensor_split(2)
-    return parts
-
-
 class TrainerPool:
     """The training ranks: every call goes to all of them, since they meet in collectives."""
 
@@ -336,73 +279,3 @@ class TrainerPool:
     def _call(self, method: str, arguments: list[tuple], doing: str) -> list:
         calls = submit(self.actors, method, arguments, self.order)
         return get_all(named("training", calls), self.timeout_s, doing)
-
-
-# Mean absolute difference, nats a token, between the trainer's and an engine's log-probs of one text. Measured with equal
-# weights: 5e-7 (0.4M parameters) and 2e-5 (0.5B) in float32, up to 0.06 in bfloat16.
-PROBE_TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
-
-
-@dataclass
-class WeightPush:
-    """Pushes from the training ranks to the engines, each of them proven."""
-
-    trainer: TrainerPool
-    engines: EnginePool
-    aliases: dict[str, str]  # further names of tied weights, by the name that they are sent under
-    dtype: str  # the coarser of the two sides'
-    timeout_s: float
-    join: Callable[[str], ObjectRef]  # have the engine of that name take part
-    before: Sent | None = None  # the last push
-
-    def __call__(self, version: int) -> None:
-        """Give every engine the trainer's weights as `version`; PushError where one does not hold them afterwards."""
-        sending, receiving = self.trainer.push(version), self.engines.update_weights(version)
-        doing, again = f"pushing weights version {version}", self.engines.again("update_weights", version, load=False)
-        calls = sending | receiving
-        found = get_all(calls, self.timeout_s, doing, again=again)
-        answers = dict(zip(calls, found, strict=True))
-        sent = answers[next(iter(sending))]
-        for engine in receiving:
-            if engine in answers:  # the run may go on without one that died
-                verify(sent, answers[engine], engine, self.aliases, self.before)
-        self.before = sent
-
-    def repeat(self, engine: str, load: bool) -> None:
-        """Have an engine that was started again take part in pushes; with `load` it takes the last one again.
-
-        In shared memory alone that is still there.
-        """
-        try:
-            get(self.join(engine), self.timeout_s, engine, "joining pushes again")
-        except RayTaskError:  # what is shared is gone with the rank that shares it
-            self.trainer.check_alive()
-            raise
-        if load and self.before is not None:
-            version = self.before.version
-            call = self.engines.by_name[engine].update_weights.remote(version)
-            receipt = get(call, self.timeout_s, engine, f"taking weights version {version} again")
-            verify(self.before, receipt, engine, self.aliases)
-
-    def probe(self, version: int, tokens: list[int]) -> float:
-        """Compare log-probs of `tokens`: the largest over engines of the mean absolute difference, nats a token.
-
-        Raises PushError where an engine is further from the trainer than rounding explains.
-        """
-        ours, theirs = self.trainer.probe(tokens), self.engines.log_probs(tokens)
-        doing, again = f"probing weights version {version}", self.engines.again("log_probs", tokens)
-        calls = ours | theirs
-        found = get_all(calls, self.timeout_s, doing, again=again)
-        answers = dict(zip(calls, found, strict=True))
-        expected, largest, tolerance = answers[next(iter(ours))], 0.0, PROBE_TOLERANCE[self.dtype]
-        for engine in theirs.keys() & answers.keys():
-            difference = np.abs(answers[engine] - expected)
-            if not difference.mean() <= tolerance:
-                raise PushError(
-                    f"{engine}, version {version}: its log-probs of a probe text differ from the trainer's by "
-                    f"{difference.mean():.3g} nats a token (at most {tolerance:g} in {self.dtype}), most at token "
-                    f"{int(difference.argmax()) + 1}; every tensor arrived and is held, so the engine "
-                    "computes something else with them"
-                )
-            largest = max(largest, float(difference.mean()))
-        return largest

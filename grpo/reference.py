@@ -6,7 +6,8 @@ import torch
 from tensordict import TensorDict
 from transformers import PreTrainedModel
 
-from grpo.models import DTYPES, load_model, score, score_with_states
+from grpo.models import DTYPES, load_model
+from grpo.scoring import score, score_with_states
 
 
 class ReferenceActor:

@@ -17,7 +17,8 @@ from grpo.errors import RewardError, TrainingError, times
 from grpo.grading import GradingPool
 from grpo.measure import accuracy
 from grpo.metrics import rollout_metrics
-from grpo.pools import EnginePool, WeightPush
+from grpo.pools import EnginePool
+from grpo.push import WeightPush
 from grpo.rewards import Grade
 from grpo.session import Session, is_due
 from grpo.tasks import EncodedProblems, fingerprint

@@ -34,17 +34,12 @@ from grpo.models import (
     checkpoint_gradients,
     export,
     full_parameters,
-    last_states,
     load_model,
     load_tokenizer,
     reshard,
-    score,
-    score_text,
-    score_with_states,
     set_lora_dropout,
     shard,
     tied_names,
-    token_log_probs,
 )
 from grpo.nodes import use_node_interface
 from grpo.objectives import policy
@@ -53,6 +48,7 @@ from grpo.objectives.divergences import ESTIMATES, kl_penalty, token_penalty, tr
 from grpo.objectives.online import online_loss, summarise
 from grpo.offline_config import OfflineObjectiveConfig, OfflineTrainConfig
 from grpo.rollout import trim
+from grpo.scoring import last_states, score, score_text, score_with_states, token_log_probs
 from grpo.transports import make_sender, open_store
 from grpo.weight_sync import Sent, one_thread
 

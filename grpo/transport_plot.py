@@ -19,8 +19,9 @@ from grpo import builtin
 from grpo.chat import chat_tokens
 from grpo.config_sections import ObjectiveConfig
 from grpo.errors import ConfigError
-from grpo.models import last_states, load_model, load_tokenizer
+from grpo.models import load_model, load_tokenizer
 from grpo.objectives.transport import dense, sinkhorn
+from grpo.scoring import last_states
 from grpo.sources import BUILTIN
 from grpo.tool import check_out, parse_arguments, run_tool
 

@@ -26,7 +26,8 @@ def announce(cls: type, method: str, phase: str) -> None:
 def main(config, run_dir) -> None:
     from grpo.checkpoint import CheckpointWriter
     from grpo.collector import InferencePolicy
-    from grpo.pools import ReferencePool, TrainerPool, WeightPush
+    from grpo.pools import ReferencePool, TrainerPool
+    from grpo.push import WeightPush
     from grpo.run import Run
 
     announce(InferencePolicy, "forward", "generate")

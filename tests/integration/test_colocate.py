@@ -17,7 +17,8 @@ from grpo.engine_vllm import VLLMEngine
 from grpo.inference import EngineSpec, InferenceActor, Request, Sampling
 from grpo.launch import compose
 from grpo.nodes import worker_environment
-from grpo.pools import PROBE_TOLERANCE, named
+from grpo.pools import named
+from grpo.push import PROBE_TOLERANCE
 from grpo.transports import SharedMemorySender
 from grpo.weight_sync import verify
 

@@ -12,8 +12,9 @@ from grpo import tasks
 from grpo.config_sections import EnvConfig
 from grpo.errors import PushError
 from grpo.inference import EngineSpec, InferenceActor, Request, Sampling
-from grpo.models import full_parameters, load_model, load_tokenizer, score
+from grpo.models import full_parameters, load_model, load_tokenizer
 from grpo.rollout import Completions, pack
+from grpo.scoring import score
 from grpo.transports import SharedMemorySender
 from grpo.weight_sync import Receipt, Sent, verify
 from grpo_utils import engine_environment

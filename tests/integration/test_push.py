@@ -13,7 +13,8 @@ import grpo_utils
 from grpo.config_sections import LoraConfig, ObjectiveConfig, OptimizerConfig, TrainConfig, TrainModelConfig
 from grpo.errors import PushError
 from grpo.inference import EngineSpec, InferenceActor
-from grpo.pools import PROBE_TOLERANCE, EnginePool, TrainerPool, WeightPush, named
+from grpo.pools import EnginePool, TrainerPool, named
+from grpo.push import PROBE_TOLERANCE, WeightPush
 from grpo.trainer import TrainerActor, TrainerSpec
 from grpo_utils import connect, engine_environment
 

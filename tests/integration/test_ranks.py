@@ -16,10 +16,12 @@ import grpo_sync
 from grpo.builtin import demonstration
 from grpo.config_sections import LoraConfig, ObjectiveConfig, OptimizerConfig, TrainConfig, TrainModelConfig
 from grpo.launch import compose
-from grpo.models import load_model, load_tokenizer, score, score_with_states
+from grpo.micro_batches import split_rows
+from grpo.models import load_model, load_tokenizer
 from grpo.objectives.online import divisor
-from grpo.pools import ReferencePool, TrainerPool, split_rows
+from grpo.pools import ReferencePool, TrainerPool
 from grpo.rollout import Completions, pack
+from grpo.scoring import score, score_with_states
 from grpo.tasks.arithmetic import question, split_expressions
 from grpo.trainer import TrainerActor, TrainerSpec
 

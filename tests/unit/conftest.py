@@ -30,7 +30,7 @@ def one_thread() -> None:
 @pytest.fixture(autouse=True)
 def cpu_build(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans are a CPU build's on every machine, or engines of vLLM would be refused on a CPU where PyTorch has CUDA."""
-    monkeypatch.setattr("grpo.plan.cuda_build", lambda: None)
+    monkeypatch.setattr("grpo.devices.cuda_build", lambda: None)
 
 
 def tiny_model(seed: int = 0, recipe: Recipe = TINY) -> PreTrainedModel:
@@ -125,8 +125,8 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
         monkeypatch.setattr("grpo.sources.hub_reachable", lambda: True)
         monkeypatch.setattr("grpo.plan.read_config", architecture)
-        monkeypatch.setattr("grpo.plan.num_parameters", count_once)
-        monkeypatch.setattr("grpo.plan.gpu_bytes", lambda index: int(gib * 2**30))
+        monkeypatch.setattr("grpo.memory.num_parameters", count_once)
+        monkeypatch.setattr("grpo.memory.gpu_bytes", lambda index: int(gib * 2**30))
         monkeypatch.setattr("torch.cuda.is_available", lambda: count > 0)
         monkeypatch.setattr("torch.cuda.device_count", lambda: count)
         monkeypatch.setattr("torch.cuda.get_device_name", lambda *_: "NVIDIA H100 80GB HBM3")

@@ -56,7 +56,7 @@ def test_a_gpu_that_pytorch_does_not_see_is_said_with_its_reason(tmp_path, monke
             ConfigError, match=r"PyTorch is a CPU build: install requirements_ifeval.txt, or type device=cpu"
         ):
             Doctor([], tmp_path, closing).devices()
-        monkeypatch.setattr("grpo.plan.cuda_build", lambda: "12.9")
+        monkeypatch.setattr("grpo.devices.cuda_build", lambda: "12.9")
         with pytest.raises(ConfigError, match=r"PyTorch's CUDA 12.9 sees no GPU: a newer driver is needed, or device=cpu"):
             Doctor([], tmp_path, closing).devices()
         assert Doctor(["device=cpu"], tmp_path, closing).devices().startswith("no GPU, ")

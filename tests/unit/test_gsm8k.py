@@ -9,8 +9,9 @@ import pytest
 
 from grpo.config_sections import EnvConfig
 from grpo.errors import DataError
+from grpo.stated_numbers import Value, final_answer, written
 from grpo.tasks import Problem, load
-from grpo.tasks.gsm8k import GSM8K, Value, asking_sentence, final_answer, gold, written
+from grpo.tasks.gsm8k import GSM8K, asking_sentence, gold
 from tests.unit.hostile import pathological, random_texts
 
 HERE = Path(__file__).parent

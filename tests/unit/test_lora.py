@@ -14,10 +14,9 @@ from grpo.models import (
     load_model,
     lora_layers,
     num_adapter_parameters,
-    score,
     set_lora_dropout,
-    token_log_probs,
 )
+from grpo.scoring import score, token_log_probs
 
 from .conftest import CPU, TINY, ragged_rollouts, tiny_model
 

@@ -7,13 +7,14 @@ from transformers import GPT2Config, Qwen2Config
 
 from docs.generate import ARCHITECTURES
 from grpo.builtin import Recipe, make_config, make_tokenizer
+from grpo.devices import resolve_device
 from grpo.errors import ConfigError
 from grpo.four_bit import check_four_bit
 from grpo.generate import asker
 from grpo.launch import CONFIG_DIR, compose
 from grpo.measure import ask
 from grpo.models import num_parameters
-from grpo.plan import make_plan, resolve_device
+from grpo.plan import make_plan
 
 from .conftest import file_names
 
@@ -305,7 +306,7 @@ def test_a_device_that_is_not_there_is_refused():
 @pytest.fixture
 def cuda_build(monkeypatch) -> None:
     """PyTorch has CUDA, and sees no GPU; nvidia-smi is there."""
-    monkeypatch.setattr("grpo.plan.cuda_build", lambda: "12.9")
+    monkeypatch.setattr("grpo.devices.cuda_build", lambda: "12.9")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
 

@@ -1,7 +1,7 @@
 import torch
 
-from grpo.models import token_log_probs
 from grpo.reference import ReferenceActor
+from grpo.scoring import token_log_probs
 
 from .conftest import ragged_rollouts
 

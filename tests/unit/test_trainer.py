@@ -29,18 +29,11 @@ from grpo.config_sections import (
 from grpo.errors import CheckpointError, TrainingError
 from grpo.four_bit import four_bit_layers
 from grpo.launch import CONFIG_DIR, compose
-from grpo.models import (
-    add_lora,
-    base_parameters,
-    full_parameters,
-    load_model,
-    lora_layers,
-    score,
-    token_log_probs,
-)
+from grpo.models import add_lora, base_parameters, full_parameters, load_model, lora_layers
 from grpo.objectives.online import divisor
 from grpo.objectives.transport import transport_cost
 from grpo.reference import ReferenceActor
+from grpo.scoring import score, token_log_probs
 from grpo.trainer import TrainerActor, TrainerSpec
 from grpo.transports import SharedMemoryReceiver
 from grpo.weight_sync import checksum, probe_vector
