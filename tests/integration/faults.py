@@ -23,7 +23,7 @@ PHASES = {
     "reference": "grpo.pools:ReferencePool.score",  # sync, likewise
     "wait": "grpo.run_async:AsyncRun._next_batch",  # async
     "train": "grpo.pools:TrainerPool.step",
-    "push": "grpo.pools:WeightPush.__call__",
+    "push": "grpo.push:WeightPush.__call__",
     "evaluate": "grpo.run:Run.evaluate",
     "save": "grpo.pools:TrainerPool.save",
 }
