@@ -5,6 +5,7 @@ With tensor parallelism every worker receives whole tensors and keeps its shard;
 together.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,6 +52,11 @@ def packed_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [m for m in model.modules() if isinstance(m, LinearBase | ParallelLMHead) and hasattr(m, "cpu_linear")]
 
 
+def is_loaded(layer: torch.nn.Module) -> bool:
+    """Whether a restored weight has been written over: some models' `load_weights` collects tensors first."""
+    return not bool(layer.weight[[0, -1], [0, -1]].isnan().any())
+
+
 class Transfer(WeightTransferEngine[InitInfo, UpdateInfo]):
     """vLLM's side of a push."""
 
@@ -67,23 +73,44 @@ class Transfer(WeightTransferEngine[InitInfo, UpdateInfo]):
             return
         # Plain tensors to load into, as at the start: several times as fast as layerwise reloading, which on top never
         # visits a tied output layer.
-        for layer in packed_layers(self.model):
-            if layer.weight.numel() == 0:
-                info = get_layerwise_info(layer)
-                restore_layer_on_meta(layer, info)
-                materialize_layer(layer, info)
+        self.unpacked = packed_layers(self.model)
+        restored = [layer for layer in self.unpacked if layer.weight.numel() == 0]
+        for layer in restored:
+            info = get_layerwise_info(layer)
+            restore_layer_on_meta(layer, info)
+            materialize_layer(layer, info)
+            layer.weight[[0, -1], [0, -1]] = torch.nan  # until it is loaded
+        holdings, last = Holdings(self.model, self.receiver.slots), {}
+        for slot in self.receiver.slots:
+            layer = holdings.modules.get(holdings.place(slot.name)[0])
+            if layer in restored:
+                last[layer] = slot.name
+        self.complete = {name: layer for layer, name in last.items()}  # layers, by the tensor that completes them
 
     @one_thread()
     def receive_weights(self, update_info: UpdateInfo) -> None:
+        arriving = self.receiver.receive(update_info.version)
         with torch.no_grad():
-            self.model.load_weights(self.receiver.receive(update_info.version))
+            self.model.load_weights(arriving if self.device.type != "cpu" else self._packing(arriving))
+
+    def _packing(self, arriving: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """What arrives; each layer is packed once its last tensor is loaded, while the next one is on its way."""
+        for name, tensor in arriving:
+            yield name, tensor
+            layer = self.complete.get(name)
+            if layer is not None and is_loaded(layer):
+                self._pack(layer)
+
+    def _pack(self, layer: torch.nn.Module) -> None:
+        layer.quant_method.process_weights_after_loading(layer)
+        self.unpacked.remove(layer)
 
     def finish_weight_update(self) -> None:
         if self.device.type != "cpu":
             finalize_layerwise_reload(self.model, self.model_config)
             return
-        for layer in packed_layers(self.model):
-            layer.quant_method.process_weights_after_loading(layer)
+        for layer in list(self.unpacked):  # the output layer, and what this model does not load as it arrives
+            self._pack(layer)
 
     def shutdown(self) -> None:
         pass
@@ -118,28 +145,32 @@ class Holdings:
 
     def __init__(self, model: torch.nn.Module, slots: list[Slot]) -> None:
         self.model, self.packed = model, packed_layers(model)
+        self.modules = dict(model.named_modules())
         self.rows = {slot.name: slot.shape[0] for slot in slots if slot.shape}
         fused = getattr(model, "packed_modules_mapping", {})
         self.fused = {part: (whole, parts) for whole, parts in fused.items() for part in parts}
         self.projections: dict[str, torch.Tensor] = {}
 
+    def place(self, name: str) -> tuple[str, slice]:
+        """The path of the module that holds tensor `name`, and its rows there."""
+        path, kind = name.rsplit(".", 1)
+        parent, _, leaf = path.rpartition(".")
+        if leaf not in self.fused:
+            return path, slice(None)
+        whole, parts = self.fused[leaf]
+        sizes = [self.rows[f"{parent}.{part}.{kind}"] // get_tensor_model_parallel_world_size() for part in parts]
+        start = sum(sizes[: parts.index(leaf)])
+        return f"{parent}.{whole}", slice(start, start + sizes[parts.index(leaf)])
+
     def tell(self, name: str, shape: tuple[int, ...] | None) -> tuple[str, str, int | np.ndarray]:
         """See `WorkerExtension.held`."""
-        path, kind = name.rsplit(".", 1)
-        rows = slice(None)
-        parent, _, leaf = path.rpartition(".")
-        if leaf in self.fused:
-            whole, parts = self.fused[leaf]
-            sizes = [self.rows[f"{parent}.{part}.{kind}"] // get_tensor_model_parallel_world_size() for part in parts]
-            start = sum(sizes[: parts.index(leaf)])
-            path, rows = f"{parent}.{whole}", slice(start, start + sizes[parts.index(leaf)])
-        try:
-            module = self.model.get_submodule(path)
-        except AttributeError:
+        path, rows = self.place(name)
+        module, kind = self.modules.get(path), name.rpartition(".")[2]
+        if module is None:
             raise PushError(
                 f"tensor {name} has no counterpart in vLLM's {type(self.model).__name__}, so pushes to it cannot be proven: "
                 "use inference_model.backend=transformers"
-            ) from None
+            )
         if kind == "weight" and module in self.packed:
             how = "share" if isinstance(module, RowParallelLinear) else "rows"
             projection = self._project(path, module)[rows]
