@@ -6,16 +6,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import torch
+import torch.distributed as dist
 from tensordict import TensorDict
 from transformers import PreTrainedConfig, PreTrainedModel, Qwen2ForCausalLM
 
 from docs.generate import ARCHITECTURES
 from grpo.builtin import Recipe, make_config, make_tokenizer
+from grpo.config_sections import ObjectiveConfig, OptimizerConfig, TrainConfig, TrainModelConfig
 from grpo.models import load_model, num_parameters, read_config
 from grpo.rewards import Grade, RewardFunction
 from grpo.rollout import Completions, pack
 from grpo.tasks import Problem, Task
+from grpo.trainer import TrainerActor, TrainerSpec
+
+from .trainers import LARGE_STEPS, PENALTIES, OneRank, on_policy
 
 TINY = Recipe(hidden_size=16, layers=2, heads=2, kv_heads=1, feed_forward=32)
 CPU = torch.device("cpu")
@@ -132,3 +138,52 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr("torch.cuda.get_device_name", lambda *_: "NVIDIA H100 80GB HBM3")
 
     return have
+
+
+@pytest.fixture
+def make_trainer(model_path, monkeypatch):
+    """Start a trainer; the one before it ends."""
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    started: list[TrainerActor] = []
+
+    def stop() -> None:
+        if started:
+            started.pop()
+            dist.destroy_process_group()
+
+    def make(
+        optimizer: OptimizerConfig = LARGE_STEPS,
+        uses_reference: bool = True,
+        train_model: TrainModelConfig | None = None,
+        seed: int = 0,
+        model: str = model_path,
+        device: str = "cpu",
+        objective: ObjectiveConfig | None = None,
+        **train,
+    ) -> TrainerActor:
+        stop()
+        spec = TrainerSpec(
+            model=model,
+            attn_implementation="eager",
+            device=device,
+            temperature=0.9,
+            seed=seed,
+            train_model=train_model or TrainModelConfig(),
+            objective=objective or ObjectiveConfig(),
+            train=TrainConfig(**(PENALTIES | train)),
+            optimizer=optimizer,
+            uses_reference=uses_reference,
+            charges_divergence=uses_reference and train.get("kl_coef_in_loss", True) and train.get("kl_to_ref_coeff", 1) > 0,
+        )
+        trainer = OneRank(spec)
+        assert trainer.start(0, 1, trainer.open_rendezvous(), 60.0) == os.getpid()
+        started.append(trainer)
+        return trainer
+
+    yield make
+    stop()
+
+
+@pytest.fixture
+def batch(model) -> TensorDict:
+    return on_policy(ragged_rollouts(), model)
