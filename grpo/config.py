@@ -96,6 +96,8 @@ class RunConfig:
             f"must be a multiple of train.gradient_accumulation_steps ({train.gradient_accumulation_steps}) x "
             f"train_model.num_devices ({self.train_model.num_devices})",
         )
+        if train.is_correction is None:
+            train.is_correction = "truncate" if self.mode == "async" and self.staleness_bound > 0 else "none"
         on_policy = self.steps_per_push == 1 and self.staleness_bound == 0
         check(
             self.objective.policy_loss != "reinforce" or on_policy or train.is_correction != "none",

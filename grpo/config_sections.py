@@ -267,7 +267,9 @@ class TrainConfig:
     weight_update_frequency: int | None = None  # async: steps a push; null: those of dialog_turns_per_batch responses
     drain_before_push: bool = False  # async: responses that run end under the weights that they began with
     skip_zero_advantage: bool = False  # groups whose rewards are all equal are sampled anew: other prompts take their place
-    is_correction: str = "none"  # importance weights for what stale weights or the engine sampled: none, truncate, mask
+    # Importance weights for what stale weights or the engine sampled: none, truncate, mask; null: truncate in async mode
+    # where staleness may be above 0, else none
+    is_correction: str | None = None
     is_cap: float = 2.0  # the largest weight; beyond it is truncated to it, or masked
     is_level: str = "token"  # or sequence: a response's tokens share their product
     use_kl_to_ref: bool = True  # false: no reference model at all
@@ -308,7 +310,7 @@ class TrainConfig:
             "needs train.eval_frequency above 0: it counts evaluations",
         )
         one_of("train.replay", self.replay, ("once", "uniform"))
-        one_of("train.is_correction", self.is_correction, ("none", "truncate", "mask"))
+        one_of("train.is_correction", self.is_correction or "none", ("none", "truncate", "mask"))
         one_of("train.is_level", self.is_level, ("token", "sequence"))
         check(0 < self.is_cap < math.inf, "train.is_cap", self.is_cap, "must be above 0")
         one_of("train.weight_transport", self.weight_transport, ("auto", "shared_memory", "gloo", "nccl"))

@@ -103,7 +103,7 @@ def make_penalty(objective: ObjectiveConfig) -> Callable[..., dict[str, torch.Te
 
 
 def make_correction(train: TrainConfig) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
-    if train.is_correction == "none":
+    if train.is_correction in (None, "none"):
         return None
     return partial(correction_weights, how=train.is_correction, level=train.is_level, cap=train.is_cap)
 
