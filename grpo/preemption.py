@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from grpo.errors import EXIT_PREEMPTED, CheckpointError
+from grpo.errors import EXIT_PREEMPTED, UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -34,7 +34,7 @@ class Preempted(SystemExit):
         return f"Ended by {self} after saving {self.saved}; it goes on with {again}"
 
 
-class GraceOver(CheckpointError):
+class GraceOver(UserError):
     """The run was asked to end, and could not be saved in time."""
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from grpo.checkpoint import CheckpointWriter, damage, newest
 from grpo.errors import CheckpointError
+from grpo.preemption import GraceOver
 from grpo.rewards import Grade
 from grpo.rollout import GroupRecord
 
@@ -227,6 +228,17 @@ def test_an_error_of_the_disk_names_the_step_and_the_one_that_is_whole(write, tm
         write(2)
     assert file_names(folder(tmp_path)) == ["LATEST", "checkpoint_000001"]
     assert newest(tmp_path).state["step"] == 1
+
+
+def test_a_save_that_outlasts_the_grace_period_is_no_error_of_the_disk(write, tmp_path):
+    write(1)
+    write.trainer.error = GraceOver("it could not be saved within train.grace_s")
+    write.writer.start(2, {}, {})
+    with pytest.raises(GraceOver, match=r"^it could not be saved within train.grace_s$"):
+        write.writer.finish()
+    assert newest(tmp_path).state["step"] == 1
+    CheckpointWriter(tmp_path, 3, write.trainer).close()
+    assert file_names(folder(tmp_path)) == ["LATEST", "checkpoint_000001"]
 
 
 def test_an_error_beside_training_comes_out_of_the_next_call(write, tmp_path, monkeypatch):
