@@ -81,7 +81,8 @@ def newest(run_dir: Path) -> Checkpoint | None:
 
 
 def _by_step(folder: Path) -> list[Path]:
-    return sorted(folder.glob("checkpoint_*"), key=lambda path: int(path.name.removeprefix("checkpoint_")))
+    found = {path: path.name.removeprefix("checkpoint_") for path in folder.glob("checkpoint_*")}
+    return sorted((path for path, step in found.items() if step.isdecimal()), key=lambda path: int(found[path]))
 
 
 def damage(path: Path) -> str | None:
@@ -242,7 +243,7 @@ class CheckpointWriter:
             if best is not None and best.exists():
                 _name(best, "BEST")
             if replaced is not None:
-                shutil.rmtree(replaced)
+                shutil.rmtree(replaced, ignore_errors=True)  # what is left is out of sight, and the next start's to remove
             self._prune()
         return final.name
 
@@ -251,7 +252,7 @@ class CheckpointWriter:
         kept = {best.read_text().strip()} if best.is_file() else set()
         for path in _by_step(self.folder)[: -self.keep]:
             if path.name not in kept:
-                shutil.rmtree(self._hide(path, "removed"))
+                shutil.rmtree(self._hide(path, "removed"), ignore_errors=True)
 
     def _hide(self, path: Path, why: str) -> Path:
         """Take it out of sight, so that one cut in half is never looked at."""

@@ -95,6 +95,34 @@ def test_the_last_ones_and_the_best_are_kept(write, tmp_path):
     assert (folder(tmp_path) / "BEST").read_text() == "checkpoint_000002\n"
 
 
+def test_a_copy_of_the_users_beside_them_is_left_alone(write, tmp_path):
+    write(1, 2)
+    copy = shutil.copytree(folder(tmp_path) / "checkpoint_000002", folder(tmp_path) / "checkpoint_000002_copy")
+    assert newest(tmp_path).path.name == "checkpoint_000002"
+    CheckpointWriter(tmp_path, 1, write.trainer, newest(tmp_path)).close()
+    write(3, 4, 5)
+    assert damage(copy) is None
+    assert file_names(folder(tmp_path)) == ["LATEST", "checkpoint_000002_copy", *(f"checkpoint_{n:06d}" for n in (3, 4, 5))]
+
+
+def test_an_old_one_that_cannot_be_removed_at_once_is_no_error(write, tmp_path, monkeypatch):
+    remove = shutil.rmtree
+
+    def busy(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError(39, "Directory not empty")
+
+    write(1, 2, 3)
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    write(3, 4)
+    names = [name.rsplit(".", 1)[0] for name in file_names(folder(tmp_path)) if name.startswith(".")]
+    assert sorted(names) == [".removed.checkpoint_000001", ".replaced.checkpoint_000003"]
+    assert (newest(tmp_path).state["step"], damage(folder(tmp_path) / "checkpoint_000003")) == (4, None)
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    CheckpointWriter(tmp_path, 3, write.trainer, newest(tmp_path)).close()
+    assert file_names(folder(tmp_path)) == ["LATEST", *(f"checkpoint_{n:06d}" for n in (2, 3, 4))]
+
+
 def test_best_is_named_again_where_a_kill_came_before_it(write, tmp_path):
     write(1, 2, best=1)
     (folder(tmp_path) / "BEST").unlink()
