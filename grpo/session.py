@@ -30,9 +30,15 @@ from grpo.supervision import Supervisor
 def claimed(run_dir: Path, resume: str | None) -> Iterator[Checkpoint | None]:
     """Have `run_dir` for this process alone; gives the checkpoint to go on from, if there is one."""
     with locked(run_dir):
-        if resume is None and (run_dir / CONFIG).is_file():
+        holds_run = (run_dir / CONFIG).is_file()
+        if resume is None and holds_run:
             raise ConfigError(f"{run_dir} holds a run already: type resume={run_dir}, or another hydra.run.dir")
-        yield newest(run_dir)
+        checkpoint = newest(run_dir)
+        if holds_run and checkpoint is None:
+            if (run_dir / SUMMARY).is_file():
+                raise ConfigError(f"resume ({run_dir}): the run has ended and its checkpoints are gone: start a new one")
+            print(f"resume ({run_dir}): there is no checkpoint: it starts from step 0")
+        yield checkpoint
 
 
 @dataclass

@@ -10,6 +10,7 @@ from grpo.config import RunConfig
 from grpo.errors import ConfigError
 from grpo.launch import compose, compose_unchecked
 from grpo.resume import find_run, find_runs, locked, resumed_config, write_config
+from grpo.session import claimed
 from grpo.tool import find_run as find_run_of_a_tool
 
 
@@ -146,6 +147,25 @@ def test_a_run_directory_belongs_to_one_process(make_run):
             pass
         assert find_run("auto", None, run_dir.parents[1], config_of()) is None
     assert find_run("auto", None, run_dir.parents[1], config_of()) == run_dir
+
+
+def test_a_run_that_has_ended_and_whose_checkpoints_are_gone_is_left_as_it_is(make_run):
+    run_dir = make_run("a", ended=True)
+    with (
+        pytest.raises(ConfigError, match=r"^resume \(.*\): the run has ended and its checkpoints are gone: start a new one$"),
+        claimed(run_dir, str(run_dir)),
+    ):
+        pass
+
+
+def test_a_run_that_has_no_checkpoint_yet_starts_from_step_0_and_says_so(make_run, tmp_path, capsys):
+    run_dir = make_run("a")
+    with claimed(run_dir, str(run_dir)) as checkpoint:
+        assert checkpoint is None
+    assert capsys.readouterr().out == f"resume ({run_dir}): there is no checkpoint: it starts from step 0\n"
+    with claimed(tmp_path, "auto") as checkpoint:  # a new run
+        assert checkpoint is None
+    assert capsys.readouterr().out == ""
 
 
 def test_a_directory_without_a_run_is_named(tmp_path):
