@@ -3,6 +3,7 @@
 Nothing here imports torch, so a wrong answer is given at once.
 """
 
+import errno
 import fcntl
 import os
 import sys
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -113,19 +114,30 @@ def read_config(run_dir: Path) -> Config:
 def locked(run_dir: Path) -> Iterator[None]:
     """Have the run directory for this process alone, until its end; ConfigError where another one has it."""
     with open(run_dir / LOCK, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"{run_dir}: another process is training there: wait for its end, or end it") from None
+        if not _lock(file, run_dir):
+            raise ConfigError(f"{run_dir}: another process is training there: wait for its end, or end it")
         yield
 
 
 def _is_locked(run_dir: Path) -> bool:
+    with open(run_dir / LOCK, "a") as file:
+        return not _lock(file, run_dir)
+
+
+def _lock(file: IO[str], run_dir: Path) -> bool:
+    """Whether this process has the run directory now, until `file` is closed."""
     try:
-        with locked(run_dir):
-            return False
-    except ConfigError:
-        return True
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        raise ConfigError(
+            f"{run_dir}: its file system has no locks ({error.strerror}), which keep other runs out of it: mount it with "
+            "flock, or type another hydra.run.dir"
+        ) from None
+    return True
 
 
 def resumed_config(run_dir: Path, typed: list[str], composed: DictConfig) -> Config:

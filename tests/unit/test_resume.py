@@ -1,5 +1,7 @@
 """Which run goes on, and with which configuration."""
 
+import errno
+import fcntl
 import os
 
 import pytest
@@ -147,6 +149,20 @@ def test_a_run_directory_belongs_to_one_process(make_run):
             pass
         assert find_run("auto", None, run_dir.parents[1], config_of()) is None
     assert find_run("auto", None, run_dir.parents[1], config_of()) == run_dir
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_said_in_one_line(make_run, tmp_path, monkeypatch, number):
+    def flock(file, operation) -> None:
+        raise OSError(number, os.strerror(number))
+
+    run_dir = make_run("a")
+    monkeypatch.setattr(fcntl, "flock", flock)
+    message = rf"^{run_dir}: its file system has no locks \({os.strerror(number)}\), .*: mount it with flock, or type another"
+    with pytest.raises(ConfigError, match=message), locked(run_dir):
+        pass
+    with pytest.raises(ConfigError, match=message):
+        find_run("auto", None, tmp_path / "outputs", config_of())
 
 
 def test_a_run_that_has_ended_and_whose_checkpoints_are_gone_is_left_as_it_is(make_run):
