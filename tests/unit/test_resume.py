@@ -158,7 +158,9 @@ def test_a_file_system_without_locks_is_said_in_one_line(make_run, tmp_path, mon
 
     run_dir = make_run("a")
     monkeypatch.setattr(fcntl, "flock", flock)
-    message = rf"^{run_dir}: its file system has no locks \({os.strerror(number)}\), .*: mount it with flock, or type another"
+    message = (
+        rf"^{run_dir}: its file system has no locks \({os.strerror(number)}\), .*: mount it with flock, or type another"
+    )
     with pytest.raises(ConfigError, match=message), locked(run_dir):
         pass
     with pytest.raises(ConfigError, match=message):
@@ -168,7 +170,9 @@ def test_a_file_system_without_locks_is_said_in_one_line(make_run, tmp_path, mon
 def test_a_run_that_has_ended_and_whose_checkpoints_are_gone_is_left_as_it_is(make_run):
     run_dir = make_run("a", ended=True)
     with (
-        pytest.raises(ConfigError, match=r"^resume \(.*\): the run has ended and its checkpoints are gone: start a new one$"),
+        pytest.raises(
+            ConfigError, match=r"^resume \(.*\): the run has ended and its checkpoints are gone: start a new one$"
+        ),
         claimed(run_dir, str(run_dir)),
     ):
         pass
