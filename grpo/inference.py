@@ -15,7 +15,6 @@ import os
 import re
 import time
 from collections import deque
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -237,10 +236,13 @@ class InferenceActor:
 
     async def take(self, wait_s: float) -> list[Completions]:
         """What has finished of what was submitted, once there is any or `wait_s` seconds are over: a part an engine step."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(wait_s):
+        try:
+            async with asyncio.timeout(wait_s) as waiting:
                 while not self.stream.finished:
                     await self._next(self.stream)
+        except TimeoutError:
+            if not waiting.expired():  # it is the engine's own
+                raise
         return self.stream.take()
 
     async def holding(self) -> list[int]:

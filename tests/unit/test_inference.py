@@ -22,6 +22,7 @@ class Counting:
     def __init__(self, spec=None) -> None:
         self.queue: list[Request] = []
         self.policy_version, self.seeds, self.sleeps = 0, [], 0
+        self.error = RuntimeError("the engine broke")
 
     def add(self, request: Request) -> None:
         self.queue.append(request)
@@ -35,7 +36,7 @@ class Counting:
     def step(self) -> Completions | None:
         request = self.queue.pop()
         if not request.prompt:
-            raise RuntimeError("the engine broke")
+            raise self.error
         n, size = request.sampling.num_responses, len(request.prompt)
         return Completions(
             np.full(n, request.request_id),
@@ -189,11 +190,13 @@ def test_an_engines_error_reaches_whoever_waits(actor):
     asyncio.run(asyncio.wait_for(scenario(), 10))
 
 
-def test_an_engines_error_reaches_who_waits_for_the_stream(actor):
+@pytest.mark.parametrize("error", [RuntimeError("the engine broke"), TimeoutError("execute_model timed out")])
+def test_an_engines_error_reaches_who_waits_for_the_stream(actor, error):
     async def scenario() -> None:
         await actor.start()
+        actor.engine.error = error
         await actor.submit([Request(1, [], Sampling(1, 4, 1.0))], seed=0)
-        with pytest.raises(RuntimeError, match="the engine broke"):
+        with pytest.raises(type(error), match=str(error)):
             await actor.take(5)
 
     asyncio.run(asyncio.wait_for(scenario(), 10))
