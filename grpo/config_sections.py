@@ -281,7 +281,9 @@ class TrainConfig:
     stop_when: int | None = None  # evaluations in a row without a better accuracy after which the run ends
     checkpoint_frequency: int = 100  # optimiser steps between checkpoints; 0: only at the end
     keep_checkpoints: int = 2  # the newest ones, besides the best by validation accuracy
-    grace_s: float = 120.0  # seconds within which a run that is asked to end (SIGTERM, SIGUSR1) must be saved
+    # Seconds within which a run that is asked to end (SIGTERM, SIGUSR1) must be saved; with sync_iter=false, which waits for
+    # the collection beside training first, more than a collection takes.
+    grace_s: float = 120.0
     max_wall_time: float | None = None  # seconds after which the run is saved and ends, as if it had been asked to
     max_grader_error_rate: float = 0.1  # share of a collection's responses that could not be graded; above it the run stops
     max_skipped_steps: int = 10  # steps in a row whose loss or gradients are not finite, after which the run stops

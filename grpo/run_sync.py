@@ -22,7 +22,7 @@ from grpo.collector import GroupCollector
 from grpo.colocate import Turns
 from grpo.errors import ActorError, UserError
 from grpo.pools import ReferencePool
-from grpo.preemption import REQUEST
+from grpo.preemption import REQUEST, GraceOver
 from grpo.replay import refill
 from grpo.rewards import Grade
 from grpo.rollout import regroup, teaching
@@ -101,7 +101,12 @@ class SyncRun(Run):
                 restarts = self.supervisor.restarts
                 try:
                     return self.ahead.result(timeout_s)
+                except GraceOver as error:
+                    what = "the collection beside training (train.sync_iter=false)"
+                    raise GraceOver(f"{error}; it waited for {what}") from None
                 except TimeoutError:
+                    if self.ahead.done():  # it may be the collection's own
+                        return self.ahead.result()
                     if self.supervisor.restarts != restarts:  # it was begun again meanwhile, and so is the wait for it
                         continue
                 raise ActorError(

@@ -1,5 +1,6 @@
 """What a dead engine or collector had in hand is sampled again, and nothing else is; how long a batch is waited for."""
 
+from concurrent.futures import Future
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from grpo import remote, run_async
 from grpo.account import Stopwatches
 from grpo.errors import ActorError
 from grpo.metrics import Clock
+from grpo.preemption import GraceOver
 from grpo.replay import GroupBuffer
 from grpo.run import Progress, Run
 from grpo.run_async import AsyncRun
@@ -119,6 +121,18 @@ class Ahead:
             return end
         raise TimeoutError
 
+    def done(self) -> bool:
+        return False
+
+
+@pytest.fixture
+def beside(run):
+    """A synchronous run behind step 3 that samples a collection beside training."""
+    its = SyncRun.__new__(SyncRun)
+    its.config, its.supervisor, its.ahead = run.config, SimpleNamespace(restarts={}), Future()
+    its.clock, its.progress = SimpleNamespace(phase=lambda name: nullcontext()), SimpleNamespace(num_steps=3)
+    return its
+
 
 @pytest.mark.parametrize(
     ("restarts", "ends", "waited"),
@@ -128,19 +142,32 @@ class Ahead:
         ([0, 1, 1, 1], [None, "collection"], 2),
     ],
 )
-def test_a_collection_is_waited_for_longer_than_an_engine_and_anew_after_a_recovery(run, restarts, ends, waited):
+def test_a_collection_is_waited_for_longer_than_an_engine_and_anew_after_a_recovery(beside, restarts, ends, waited):
     class Counted:
         restarts = property(lambda self: {"inference": restarts.pop(0)})
 
-    its = SyncRun.__new__(SyncRun)
-    its.config, its.supervisor, its.ahead = run.config, Counted(), Ahead(*ends)
-    its.clock, its.progress = SimpleNamespace(phase=lambda name: nullcontext()), SimpleNamespace(num_steps=3)
+    beside.supervisor, beside.ahead = Counted(), Ahead(*ends)
     if ends[-1]:
-        assert its._wait_for_collection() == "collection"
+        assert beside._wait_for_collection() == "collection"
     else:
         with pytest.raises(ActorError, match=r"^the collection behind step 3 did not end within 2 s \(twice ray"):
-            its._wait_for_collection()
-    assert its.ahead.waited == [2.0] * waited
+            beside._wait_for_collection()
+    assert beside.ahead.waited == [2.0] * waited
+
+
+def test_a_collection_whose_own_error_is_that_it_took_too_long_says_so(beside):
+    beside.ahead.set_exception(TimeoutError("RPC call to execute_model timed out."))
+    with pytest.raises(TimeoutError, match=r"^RPC call to execute_model timed out\.$"):
+        beside._wait_for_collection()
+
+
+def test_a_collection_that_keeps_a_run_from_being_saved_in_time_is_named(beside):
+    def late(timeout_s: float) -> None:
+        raise GraceOver("the run could not be saved within train.grace_s (120)")
+
+    beside.ahead = SimpleNamespace(result=late)
+    with pytest.raises(GraceOver, match=r"train.grace_s \(120\); it waited for the .* training \(train.sync_iter=false\)$"):
+        beside._wait_for_collection()
 
 
 def test_a_collector_that_died_has_nothing_to_tell_and_the_others_have(run, monkeypatch):
