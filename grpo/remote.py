@@ -27,6 +27,7 @@ from ray.exceptions import (
     RayError,
     RayTaskError,
 )
+from torch.distributed import DistError
 
 from grpo.errors import ActorError, DeviceMemoryError, Restarted, UserError, one_line
 from grpo.preemption import REQUEST
@@ -46,8 +47,8 @@ Again = Callable[[str, ActorError], ObjectRef | None]
 def get(call: Any, timeout_s: float, actor: str, doing: str, key: str = "ray.timeout_s") -> Any:
     """The result of `call` (an ObjectRef or a list of them) of `actor`, which is `doing` something.
 
-    Raises ActorError where the actor died or `timeout_s` seconds passed; `key` is the setting that holds them. Raises
-    DeviceMemoryError where its GPU had too little memory.
+    Raises ActorError where the actor died, lost its connection to another one, or `timeout_s` seconds passed; `key` is the
+    setting that holds them. Raises DeviceMemoryError where its GPU had too little memory.
     """
     try:
         return ray.get(call, timeout=timeout_s)
@@ -60,9 +61,17 @@ def get(call: Any, timeout_s: float, actor: str, doing: str, key: str = "ray.tim
             raise error.cause from None
         if isinstance(error.cause, torch.OutOfMemoryError):
             raise DeviceMemoryError.of(actor, doing, error.cause) from None
+        if _is_of_a_connection(error.cause):
+            reason = one_line(error.cause)[:300]
+            raise ActorError(f"{actor} lost its connection while {doing}: {reason}", actor) from None
         raise
     except DEATHS as error:
         raise ActorError(f"{actor} died while {doing}: {_reason(error)}", actor, last_lines(error), died=True) from None
+
+
+def _is_of_a_connection(error: BaseException) -> bool:
+    """Whether it came between two processes of which neither need have died; gloo's have no class of their own."""
+    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
 
 
 def _late(actor: str, timeout_s: float, doing: str, key: str, others: Iterable[str] = ()) -> ActorError:
@@ -127,8 +136,10 @@ def get_all(
             actor = waiting.pop(call)
             try:
                 answers[actor] = get(call, timeout_s, actor, doing, key)
-            except ActorError as error:
-                if again is None or not error.died or error.actor != actor:
+            except (UserError, RayTaskError) as error:
+                if not _is_death(error):
+                    _raise_a_death(waiting, doing)
+                if again is None or not _is_death(error) or error.actor != actor:
                     raise
                 replaced = again(actor, error)
                 if replaced is None:
@@ -136,10 +147,11 @@ def get_all(
                 else:
                     calls[actor], waiting[replaced] = replaced, actor
                 deadline = time.monotonic() + timeout_s
-            except (UserError, RayTaskError):
-                _raise_a_death(waiting, doing)
-                raise
     return [answers[actor] for actor in calls]
+
+
+def _is_death(error: Exception) -> bool:
+    return isinstance(error, ActorError) and error.died
 
 
 def _raise_a_death(waiting: dict[ObjectRef, str], doing: str) -> None:
@@ -151,10 +163,9 @@ def _raise_a_death(waiting: dict[ObjectRef, str], doing: str) -> None:
             actor = waiting.pop(call)
             try:
                 get(call, 0.0, actor, doing)
-            except ActorError:
-                raise
-            except (UserError, RayTaskError):
-                continue  # another one that says so
+            except (UserError, RayTaskError) as error:
+                if _is_death(error):  # else it is another one that says so
+                    raise
 
 
 def ask(actor: ActorHandle) -> ObjectRef:

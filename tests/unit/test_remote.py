@@ -14,10 +14,13 @@ from ray.exceptions import (
     RayActorError,
     RayTaskError,
 )
+from torch.distributed import DistNetworkError
 
 from grpo import remote
+from grpo.config_sections import RayConfig
 from grpo.errors import ActorError, DeviceMemoryError, PushError, Restarted
 from grpo.remote import get, get_all, get_done, last_lines, wait_until_back
+from grpo.supervision import Supervisor
 
 DIED = (
     "The actor died unexpectedly before finishing this task.\n\tclass_name: TrainerActor\n\tpid: 4711\n\tip: 127.0.0.1\n"
@@ -123,8 +126,31 @@ def test_an_actor_that_was_started_again_has_died():
     assert error.value.died
 
 
+BROKEN = [
+    RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [10.0.0.2]:41606: Connection reset"),
+    DistNetworkError("The client socket has timed out after 1000ms"),
+]
+
+
+@pytest.mark.parametrize("error", BROKEN)
+def test_a_connection_that_breaks_without_a_death_is_said_of_an_actor_so_that_all_are_started_again(error):
+    ranks = {f"training actor {i}": Call(RayTaskError("step", "traceback", error).as_instanceof_cause()) for i in range(2)}
+    with pytest.raises(ActorError) as raised:
+        get_all(ranks, 1.0, "taking optimiser step 3")
+    assert str(raised.value) == f"training actor 0 lost its connection while taking optimiser step 3: {error}"
+    assert (raised.value.actor, raised.value.died) == ("training actor 0", False)
+    assert Supervisor(RayConfig()).count(raised.value, "") == "restart 1 of at most 3"
+
+
+def test_another_runtime_error_stays_what_it_is():
+    error = raised(RuntimeError("shapes do not match"))
+    with pytest.raises(RayTaskError) as found:
+        get_all({"the training actor": Call(error)}, 1.0, "taking optimiser step 3")
+    assert found.value is error
+
+
 def test_what_an_actor_says_of_anothers_death_is_not_the_failure():
-    calls = {"training actor 0": Call(raised(RuntimeError("Connection closed by peer"))), "training actor 1": Call(died())}
+    calls = {"training actor 0": Call(raised(BROKEN[0])), "training actor 1": Call(died())}
     with pytest.raises(ActorError, match=r"^training actor 1 died"):
         get_all(calls, 1.0, "taking optimiser step 3")
     calls = {"the inference actor": Call(raised(PushError("it did not come"))), "the training actor": Call(died())}
