@@ -4,7 +4,11 @@ Weights come through vLLM's weight-transfer registry, see grpo/vllm_worker.py.
 """
 
 import math
+import multiprocessing.connection
 import os
+import sys
+from multiprocessing.process import BaseProcess
+from threading import Thread
 
 import numpy as np
 import psutil
@@ -31,6 +35,18 @@ def cpu_cache_bytes(spec: EngineSpec) -> int:
     """What a process needs for `max_concurrent` responses of full length, in whole blocks, with one to spare each."""
     blocks = spec.max_concurrent * (math.ceil(spec.max_length / CPU_BLOCK_SIZE) + 1) + 1
     return kv_cache_bytes(read_config(spec.model), blocks * CPU_BLOCK_SIZE, 4) // spec.tensor_parallel_size
+
+
+def end_with(processes: list[BaseProcess]) -> None:
+    """Wait until one of `processes` has died, and end the others and this one, which could answer no call any more.
+
+    vLLM's own failure callback comes once the others have had 10 s to end by themselves, in which every call fails.
+    """
+    multiprocessing.connection.wait([process.sentinel for process in processes])
+    print("One of the engine's processes has died; it ends with it", file=sys.stderr, flush=True)
+    for process in processes:
+        process.kill()
+    os._exit(1)
 
 
 class VLLMEngine:
@@ -67,6 +83,8 @@ class VLLMEngine:
         )
         if spec.tensor_parallel_size > 1:  # its processes share memory under names of their own, and leave it when killed
             claim_segments([os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))])
+            workers = [worker.proc for worker in self.engine.engine_core.engine_core.model_executor.workers]
+            Thread(target=end_with, args=(workers,), name="end_with", daemon=True).start()
         self.dtype = str(self.engine.model_config.dtype).removeprefix("torch.")
         self.policy_version = 0
         self.ahead: list[Completions] = []  # finished while a probe was answered

@@ -1,8 +1,11 @@
 """Weight pushes are proven: good ones pass, each way to break one ends with the name of what is wrong."""
 
+import os
+import time
 from dataclasses import dataclass
 from itertools import count
 
+import psutil
 import pytest
 import ray
 import torch
@@ -11,10 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import grpo_sync
 import grpo_utils
 from grpo.config_sections import LoraConfig, ObjectiveConfig, OptimizerConfig, TrainConfig, TrainModelConfig
-from grpo.errors import PushError
+from grpo.errors import ActorError, PushError
 from grpo.inference import EngineSpec, InferenceActor
 from grpo.pools import EnginePool, TrainerPool, named
 from grpo.push import PROBE_TOLERANCE, WeightPush
+from grpo.remote import get
 from grpo.trainer import TrainerActor, TrainerSpec
 from grpo_utils import connect, engine_environment
 
@@ -256,7 +260,20 @@ def test_a_vllm_engine_split_over_two_processes_holds_what_was_sent(cluster, unt
         ray.get(parts.trainer.actors[0].break_push.remote("never sent"))
         with pytest.raises(PushError, match=rf"the inference actor: tensor {MIDDLE} of version 4 was never sent"):
             parts.train_and_push()
+    check_ends_with_its_processes(parts.engines.actors[0])
     parts.close()
+
+
+def check_ends_with_its_processes(engine) -> None:
+    pid = ray.get(engine.__ray_call__.remote(lambda actor: os.getpid()))
+    children = psutil.Process(pid).children(recursive=True)
+    first, second = [child for child in children if child.name().startswith("VLLM::Worker")]
+    second.kill()
+    with pytest.raises(ActorError, match=r"^the engine died while being asked"):
+        for _ in range(100):
+            time.sleep(0.1)
+            get(engine.busy.remote(), TIMEOUT_S, "the engine", "being asked")
+    assert not first.is_running() or first.status() == psutil.STATUS_ZOMBIE
 
 
 @pytest.mark.gpu
