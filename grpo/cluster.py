@@ -56,6 +56,8 @@ def _start_own(config: RayConfig, num_processes: int, closing: ExitStack) -> Non
             log_to_driver=False,
             logging_level="error",
             runtime_env={"env_vars": worker_environment()},
+            # Else Ray starts a worker a CPU in advance, without this environment, so that no actor could be one of them.
+            _system_config={"prestart_worker_first_driver": False},
         )
         closing.callback(_end_ray, [child for child in psutil.Process().children() if child not in others])
 

@@ -108,11 +108,13 @@ def test_long_work_is_no_silence_and_a_stopped_process_is_killed_and_started_aga
     assert supervisor.counts == {"SleepingLoop": 1, "Sleeping": 1}
 
 
-def test_ray_listens_to_this_machine_alone_and_ends_with_its_stopped_processes():
+def test_ray_listens_to_this_machine_alone_has_no_worker_in_advance_and_ends_with_its_stopped_processes():
     with ExitStack() as closing:
-        start_ray(CONFIG, 1, closing)
+        start_ray(CONFIG, 4, closing)
         (actor,) = start_actors(Sleeping, [ANYWHERE], "cpu", 0, 1, {})
         process = psutil.Process(ray.get(actor.pid.remote()))
+        family = psutil.Process().children(recursive=True)
+        assert not [child for child in family if child.name() == "ray::IDLE"]
         addresses = listening(psutil.Process())
         assert addresses and all(map(is_loopback, addresses))
         process.send_signal(signal.SIGSTOP)
