@@ -70,8 +70,13 @@ def get(call: Any, timeout_s: float, actor: str, doing: str, key: str = "ray.tim
 
 
 def _is_of_a_connection(error: BaseException) -> bool:
-    """Whether it came between two processes of which neither need have died; gloo's have no class of their own."""
-    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
+    """Whether it came between two processes of which neither need have died.
+
+    gloo's have no class of their own; TimeoutError is vLLM's where one of an engine's processes does not answer.
+    """
+    return isinstance(error, DistError | TimeoutError) or (
+        isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+    )
 
 
 def _late(actor: str, timeout_s: float, doing: str, key: str, others: Iterable[str] = ()) -> ActorError:
