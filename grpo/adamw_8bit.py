@@ -3,8 +3,10 @@
     moment = MAP[code] * scale,    scale = the largest magnitude of the block,    code = that of the nearest value of MAP
 
 MAP's values lie close together around 0 and far apart around 1, since what is rounded spans many orders of magnitude. A step
-takes the moments before they are rounded. A block lies within a row, which no shard cuts: states, and so the training, are
-the same on any number of ranks, and what some wrote to a checkpoint any other number can read.
+takes the moments before they are rounded. A second moment is rounded to MAP's smallest value above 0 at least: over the root
+of 0, a first moment that is there would move its weight hundreds of rates far. A block lies within a row, which no shard
+cuts: states, and so the training, are the same on any number of ranks, and what some wrote to a checkpoint any other number
+can read.
 
 There are such optimisers in torchao and bitsandbytes. transformers and peft import either one wherever it is installed, with
 warnings on every command, and their blocks are those of a rank's shard.
@@ -96,6 +98,8 @@ class AdamW8bit(torch.optim.Optimizer):
             state[name] = _sharded(moment, parameter.shape, parameter)
             return
         codes, scales = rounded(moment, block, self.maps[name])
+        if name == "exp_avg_sq":
+            codes.clamp_min_(1)  # a block of zeros is one by its scale
         width = math.prod(parameter.shape[1:]) // block
         state[f"{name}_codes"] = _sharded(codes, parameter.shape, parameter)
         state[f"{name}_scales"] = _sharded(scales, torch.Size([parameter.shape[0], width]), parameter)

@@ -117,6 +117,27 @@ def test_the_first_step_is_adamws_and_later_ones_stay_close(mesh):
     assert 1e-5 < difference.mean() < 0.1 * moved.mean()
 
 
+def test_numbers_that_are_small_beside_others_of_their_block_move_no_further_than_with_adamw(mesh):
+    """Squares of a millionth of the block's largest, and less, are nearer to 0 than to the map's smallest value above it."""
+    ours, theirs = layer(mesh), layer(mesh)
+    settings = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.0}
+    optimizers = AdamW8bit(list(ours.parameters()), **settings), torch.optim.AdamW(theirs.parameters(), **settings)
+    sizes = torch.ones(64, 96)
+    sizes[:, 1::4], sizes[:, 2::4], sizes[:, 3::4] = 1e-3, 1e-4, 0
+    sizes[0] = 0  # blocks of zeros
+    generator, furthest = torch.Generator().manual_seed(1), [0.0, 0.0]
+    for _ in range(30):
+        gradient = torch.randn(64, 96, generator=generator) * sizes
+        for i, (module, optimizer) in enumerate(zip((ours, theirs), optimizers, strict=True)):
+            module.weight.grad = DTensor.from_local(gradient.clone(), mesh, module.weight.placements)
+            before = module.weight.to_local().detach().clone()
+            optimizer.step()
+            moved = (module.weight.to_local().detach() - before).abs()
+            assert not moved[sizes == 0].any()
+            furthest[i] = max(furthest[i], float(moved[(sizes > 0) & (sizes < 1)].max()))
+    assert 0.01 < furthest[0] <= 2 * furthest[1]
+
+
 def test_a_state_takes_a_byte_a_number_and_a_scale_a_block(mesh):
     module = layer(mesh)
     optimizer = AdamW8bit(list(module.parameters()), lr=1e-2, weight_decay=0.0, betas=(0.9, 0.99))
