@@ -8,6 +8,9 @@ Answers are compared by math-verify (https://github.com/huggingface/Math-Verify)
 of them is a decimal it compares both rounded to DECIMALS places (its own default, 6, takes 0.333333 for 1/3). Its own time
 limits are signals and are switched off: a comparison may take as long as SymPy likes, so grade() belongs in a process
 with a time limit. Only the last boxed answer goes into it, whole or not at all.
+
+Before that, percent signs are dropped, which it cannot read: 50\\% is 50, and not 1/2. Of `5 = x` it would take the x, of
+`\\text{5 inches}` the text, and of numbers in some base it would forget the base.
 """
 
 import logging
@@ -31,6 +34,14 @@ BOX = re.compile(
 )
 TRAILING = re.compile(r"(?<!\\)[.,;\s]+$")
 WHOLE = re.compile(r"[-+]?[0-9]{1,40}")
+NUMBER = re.compile(r"[-+]?[0-9][0-9.,]{0,40}")
+PERCENT = re.compile(r"\s*+\\?%")
+SOLVED = re.compile(r"((?:\\[A-Za-z]++|[^=<>,;A-Za-z\\])++)=\s*([A-Za-z])")  # a number on the left, a letter on the right
+# A number and up to three words, none of which says that there is more to it.
+UNITS = re.compile(
+    rf"\\text ?\{{ *({NUMBER.pattern})(?: (?!and|or|to|dozen|hundred|thousand|[mbtr]+illion)[A-Za-z]+){{0,3}}\.? *\}}"
+)
+BASED = re.compile(r"([0-9A-F]+)_\{?([0-9]+)\}?")
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is none
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
@@ -66,6 +77,14 @@ def _is_whole(answer: str) -> bool:
     return closed and not answer.endswith("=") and answer.count(r"\begin{") == answer.count(r"\end{")
 
 
+def _comparable(answer: str, other: str) -> str:
+    """`answer` as math-verify can compare it with `other`; neither has percent signs any more."""
+    if (solved := SOLVED.fullmatch(answer)) is not None:
+        return f"{solved[2]}={solved[1]}"
+    units = UNITS.fullmatch(answer)
+    return answer if units is None or not NUMBER.fullmatch(other) else units[1]
+
+
 @lru_cache(maxsize=1 << 12)
 def parse(answer: str) -> list[Any]:
     """math-verify's readings of a boxed answer, as SymPy objects and text; empty where it has none.
@@ -73,6 +92,22 @@ def parse(answer: str) -> list[Any]:
     Cached, since it takes tens of milliseconds and the responses of a group state the same few answers.
     """
     return math_verify.parse(rf"\boxed{{{answer}}}", parsing_timeout=None)
+
+
+def same(answer: str, reference: str) -> bool | None:
+    """Whether the two are equal; None where `answer` cannot be parsed, DataError where `reference` cannot."""
+    answer, reference = (PERCENT.sub("", text) for text in (answer, reference))
+    answer, reference = _comparable(answer, reference), _comparable(reference, answer)
+    based = BASED.fullmatch(answer), BASED.fullmatch(reference)
+    if all(based):
+        return based[0].groups() == based[1].groups()
+    if WHOLE.fullmatch(answer) and WHOLE.fullmatch(reference):  # most answers: no need of SymPy
+        return int(answer) == int(reference)
+    if not answer or not parse(answer):
+        return None
+    if not parse(reference):
+        raise DataError(f"answer ({reference[:60]!r}) cannot be parsed: correct or remove the row")
+    return math_verify.verify(parse(reference), parse(answer), float_rounding=DECIMALS, timeout_seconds=None)
 
 
 class Math:
@@ -87,15 +122,8 @@ class Math:
     def grade(self, problem: Problem, response: str) -> Grade:
         """0.1 for a boxed answer, 0.9 for its being equal to the reference. Has no time limit of its own."""
         answer = last_boxed(response)
-        if answer == problem.answer:
-            exact = True
-        elif answer and WHOLE.fullmatch(answer) and WHOLE.fullmatch(problem.answer):  # most answers: no need of SymPy
-            exact = int(answer) == int(problem.answer)
-        elif answer and parse(answer):
-            if not parse(problem.answer):
-                raise DataError(f"answer ({problem.answer[:60]!r}) cannot be parsed: correct or remove the row")
-            exact = math_verify.verify(parse(problem.answer), parse(answer), float_rounding=DECIMALS, timeout_seconds=None)
-        else:
+        exact = None if answer is None else answer == problem.answer or same(answer, problem.answer)
+        if exact is None:
             return Grade({"format": 0.0, "exact": 0.0}, "unparseable", None)
         return Grade({"format": 0.1, "exact": 0.9 * exact}, "correct" if exact else "wrong", answer)
 

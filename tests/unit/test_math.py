@@ -81,6 +81,21 @@ def test_long_texts_are_searched_in_linear_time():
         (r"6 \text{ cm}", "6"),
         ("0.3", r"\frac{3}{10}"),
         ("2.50", "2.5"),
+        (r"50\%", "50"),
+        ("50", r"50\%"),
+        (r"50\%", r"50 \%"),
+        (r"50\%", "50%"),
+        (r"12.5\%", r"12.50\%"),
+        (r"5,000\%", r"5000\%"),
+        (r"33\frac{1}{3}\%", r"\frac{100}{3}\%"),
+        (r"50\%", r"50 \text{ percent}"),
+        ("5", r"\text{5 inches}"),
+        (r"\text{5 square inches}", "5"),
+        ("5", "5 = x"),
+        (r"\frac{1}{2}", r"\frac12 = x"),
+        ("1001_2", "1001_{2}"),
+        ("2A_{16}", "2A_16"),
+        ("1001_2", "1001"),
     ],
 )
 def test_equal_answers_are_correct(reference, answer):
@@ -103,6 +118,16 @@ def test_equal_answers_are_correct(reference, answer):
         ("x^2+1", "x^2-1"),
         (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}2\\1\end{pmatrix}"),
         (r"\{1,2\}", r"\{1,2,3\}"),
+        (r"50\%", "5"),
+        (r"50\%", r"\frac{1}{2}"),
+        (r"\frac{1}{2}", r"50\%"),
+        ("5", r"\text{6 inches}"),
+        ("5", r"\text{5 and a half}"),
+        ("5", r"\text{5 million}"),
+        (r"\text{10 am}", r"\text{10 pm}"),
+        ("5", "6 = x"),
+        ("1001_2", "1001_{3}"),
+        ("1001_2", "1011_2"),
     ],
 )
 def test_other_answers_are_wrong(reference, answer):
@@ -111,7 +136,7 @@ def test_other_answers_are_wrong(reference, answer):
 
 
 @pytest.mark.parametrize(
-    "response", ["The answer is 5.", "", r"\boxed{", r"\boxed{}", r"\boxed{5", "\\boxed{" + "5" * 1001 + "}"]
+    "response", ["The answer is 5.", "", r"\boxed{\%}", r"\boxed{", r"\boxed{}", r"\boxed{5", "\\boxed{" + "5" * 1001 + "}"]
 )
 def test_without_a_boxed_answer_there_is_none(response):
     verdict = Math({}).grade(Problem("", "5"), response)
