@@ -121,7 +121,7 @@ class PromptEnv(EnvBase):
         rows = [tokens[mask].tolist() for tokens, mask in zip(flat["tokens"], flat["response_mask"], strict=True)]
         texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
         problems, size = [self.data.problems[i] for i in flat["problem"].tolist()], rollouts.batch_size[1]
-        grades = self.grading.grade(problems, texts)
+        grades = self.grading.grade(problems, [self.data.thought + text for text in texts])
         groups = [
             GroupRecord(problems[i].question, problems[i].answer, texts[i : i + size], grades[i : i + size])
             for i in range(0, len(texts), size)

@@ -5,7 +5,7 @@ The verdicts are those of Google's reference implementation (google-research, in
 TorchRL's copy of it needs NLTK data from the network, draws missing values at random, puts keywords into regular
 expressions unescaped, and is quadratic for texts such as a run of brackets. Where the verdicts differ on purpose:
 
-- A model's thoughts, up to </think>, are not graded: they are taken off before (grpo/tasks/ifeval.py).
+- A model's thoughts, up to </think>, are not graded: they are taken off before (grpo/tasks/__init__.py).
 - `keywords:letter_frequency` counts any one character; the reference replaces all but a-z by a random letter.
 - Keywords and markers are literal texts, not regular expressions, and a count of 0 is a count, not a missing value.
 - The language is detected with a fixed seed; a text in which none can be detected follows no language (there: any); a text

@@ -54,7 +54,7 @@ def accuracy(
     """
     completions = engines.generate(data.prompts, greedy(max_tokens).sampling, seed)
     texts = tokenizer.batch_decode(completions.responses(), skip_special_tokens=True)
-    grades = grading.grade(data.problems, texts)
+    grades = grading.grade(data.problems, [data.thought + text for text in texts])
     right = [grade.correct for grade in grades if grade.is_verdict]
     found = {"ungraded": len(grades) - len(right)} if len(right) < len(grades) else {}
     if found:
@@ -88,35 +88,46 @@ def ask(
             spec, [prompts[i] for i in kept], parts(config, k), config.ray.start_timeout_s, config.ray.timeout_s
         )
         texts = [tokenizer.batch_decode(its.responses(), skip_special_tokens=True) for its in completions]
-        answers[name] = judge(questions, completions[0], *texts, pool=pool)
+        thought = tasks.opened_thought(prompts[kept[0]], tokenizer)
+        answers[name] = judge(questions, completions[0], *texts, pool=pool, thought=thought)
     return questions, answers
 
 
 def judge(
-    questions: list[Question], completions: Completions, texts: list[str], sampled: list[str] = (), *, pool: GradingPool
+    questions: list[Question],
+    completions: Completions,
+    texts: list[str],
+    sampled: list[str] = (),
+    *,
+    pool: GradingPool,
+    thought: str = "",
 ) -> Answers:
-    """The verdicts on the greedy `texts` of `completions`, and on the texts `sampled`, k a question."""
+    """The verdicts on the greedy `texts` of `completions`, and on the texts `sampled`, k a question.
+
+    thought: what the prompts have opened, see `tasks.opened_thought`.
+    """
     mine = [i for i, question in enumerate(questions) if question.graded]
     problems = [questions[i].problem for i in mine]
     grades: list[Grade | None] = [None] * len(questions)
     samples: list[list[Grade]] = [[] for _ in questions]
-    for i, (grade,) in zip(mine, graded(pool, problems, [[texts[i]] for i in mine]), strict=True):
+    for i, (grade,) in zip(mine, graded(pool, problems, [[texts[i]] for i in mine], thought), strict=True):
         grades[i] = grade
     k = len(sampled) // len(questions)
     if k:
-        for i, group in zip(mine, graded(pool, problems, [sampled[i * k : (i + 1) * k] for i in mine]), strict=True):
+        groups = [sampled[i * k : (i + 1) * k] for i in mine]
+        for i, group in zip(mine, graded(pool, problems, groups, thought), strict=True):
             samples[i] = group
     return Answers(texts, completions.length.tolist(), completions.stopped.tolist(), grades, samples)
 
 
-def graded(pool: GradingPool, problems: list[tasks.Problem], responses: list[list[str]]) -> list[list[Grade]]:
+def graded(pool: GradingPool, problems: list[tasks.Problem], responses: list[list[str]], thought: str) -> list[list[Grade]]:
     """The verdicts on each problem's responses; with a user's function its rewards, a call a problem.
 
     Where that fails, the verdicts stay, the rewards are 0, and it is told: what it is called with may be one response, or
     other ones than a run would have.
     """
     asked = [problem for problem, texts in zip(problems, responses, strict=True) for _ in texts]
-    grades = iter(pool.grade(asked, [text for texts in responses for text in texts]))
+    grades = iter(pool.grade(asked, [thought + text for texts in responses for text in texts]))
     groups = [[next(grades) for _ in texts] for texts in responses]
     if pool.reward_function is None:
         return groups

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # graders need no transformers, and their processes start fas
     from transformers import PreTrainedTokenizerBase
 
 SPLITS = ("train", "validation", "test")
+THOUGHT = "<think>"  # begins what a model thinks before it answers, which </think> ends, as Qwen3 and others write it
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,19 @@ class Task(Grader, Protocol):
     def problems(self, split: str) -> list[Problem]:
         """The problems of `train`, `validation` or `test`; no problem is in two of them."""
         ...
+
+
+def after_thought(response: str) -> str:
+    """What comes after the last </think>; the response where it has none, and nothing where it only opens a thought."""
+    _, closed, answer = response.rpartition("</think>")
+    if closed:
+        return answer.lstrip("\n")
+    return "" if response.lstrip().startswith(THOUGHT) else response
+
+
+def opened_thought(prompt: list[int], tokenizer: "PreTrainedTokenizerBase") -> str:
+    """THOUGHT where the prompt ends in it, as some chat templates have it, so that responses begin inside; else nothing."""
+    return THOUGHT if tokenizer.decode(prompt[-8:]).rstrip().endswith(THOUGHT) else ""
 
 
 def check_name(dataset: str) -> None:
@@ -125,6 +139,7 @@ class EncodedProblems:
     problems: list[Problem]
     prompts: list[list[int]]
     dropped: int
+    thought: str = ""  # what the prompts have opened (`opened_thought`): graders get it in front of a response
 
     @cached_property
     def fingerprint(self) -> str:
@@ -150,4 +165,5 @@ def encode_split(
             f"the {split} split has no prompt to use: {len(problems)} problems, {len(problems) - len(kept)} of them "
             f"longer than env.max_prompt_length ({max_length}); give more data or raise the limit"
         )
-    return EncodedProblems([problems[i] for i in kept], [prompts[i] for i in kept], len(problems) - len(kept))
+    thought = opened_thought(prompts[kept[0]], tokenizer)
+    return EncodedProblems([problems[i] for i in kept], [prompts[i] for i in kept], len(problems) - len(kept), thought)

@@ -19,7 +19,7 @@ from grpo.config_sections import EnvConfig
 from grpo.errors import DataError
 from grpo.rewards import Grade
 from grpo.rules import check
-from grpo.tasks import Problem
+from grpo.tasks import Problem, after_thought
 from grpo.tasks.data import read_answer, read_file, split_problems, take_examples
 
 SEEDS = {"train": 1234, "validation": 1235, "test": 1236}
@@ -135,10 +135,11 @@ def _plain(expression: str) -> str:
 
 
 def stated_expression(response: str) -> str | None:
-    """What the last answer tag holds, or the last box, or the rest of the last line with `Answer:`.
+    """What the last answer tag holds, or the last box, or the rest of the last line with `Answer:`; no thought counts.
 
     Of an equation, `3 * 5 + 7 = 22` or `22 = 3 * 5 + 7`, its first side with an operation.
     """
+    response = after_thought(response)
     found = TAG.findall(response) or BOX.findall(response) or LINE.findall(response)
     if not found:
         return None

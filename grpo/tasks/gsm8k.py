@@ -21,7 +21,7 @@ from grpo.config_sections import EnvConfig
 from grpo.errors import DataError
 from grpo.rewards import Grade
 from grpo.stated_numbers import MAX_STATEMENT, NUMBER, SCALES, Ambiguous, Value, final_answer, read_clause
-from grpo.tasks import Problem
+from grpo.tasks import Problem, after_thought
 from grpo.tasks.data import HubSplit, read_problems, take_examples, text_fields, with_text
 
 STYLES = {
@@ -79,15 +79,15 @@ class GSM8K:
         return self.splits[split]
 
     def grade(self, problem: Problem, response: str) -> Grade:
-        """0.1 for a stated final answer, 0.9 for its being right, compared as exact numbers."""
-        stated = final_answer(response)
+        """0.1 for a stated final answer, 0.9 for its being right, compared as exact numbers. Thoughts are none."""
+        stated = final_answer(after_thought(response))
         if stated is None:
             return Grade({"format": 0.0, "exact": 0.0}, "unparseable", None)
         exact = same(stated, gold(problem.answer), problem.question)
         return Grade({"format": 0.1, "exact": 0.9 * exact}, "correct" if exact else "wrong", str(stated))
 
     def parse(self, response: str) -> str | None:
-        stated = final_answer(response)
+        stated = final_answer(after_thought(response))
         return None if stated is None else str(stated)
 
 

@@ -13,7 +13,7 @@ from grpo.config_sections import EnvConfig
 from grpo.errors import ConfigError, DataError
 from grpo.instructions import fault, verdicts
 from grpo.rewards import Grade
-from grpo.tasks import Problem
+from grpo.tasks import Problem, after_thought
 from grpo.tasks.data import HubSplit, check_text, key, read_answer, read_file, read_hub
 
 SPLIT_SEED = 1234
@@ -33,10 +33,10 @@ class IFEval:
     def grade(self, problem: Problem, response: str) -> Grade:
         """0.5 times the share of instructions followed loosely, 0.5 for following all of them strictly.
 
-        What a model thinks first is no part of its answer (`final_answer`). `parsed` tells how many are followed strictly,
+        What a model thinks first is no part of its answer (`after_thought`). `parsed` tells how many are followed strictly,
         as 2/3; only a blank answer is unparseable. `details` has a verdict an instruction.
         """
-        asked, answer = json.loads(problem.answer), final_answer(response)
+        asked, answer = json.loads(problem.answer), after_thought(response)
         strict, loose = verdicts(asked["instruction_id_list"], asked["kwargs"], answer)
         details = {"follow_strict": strict, "follow_loose": loose}
         if not answer.strip():
@@ -46,15 +46,7 @@ class IFEval:
 
     def parse(self, response: str) -> str | None:
         """The whole response is the answer, but for thoughts before it; None where it is blank."""
-        return final_answer(response).strip() or None
-
-
-def final_answer(response: str) -> str:
-    """What comes after </think>, as Qwen3 writes it; the response where it has none, and nothing where it only opens one."""
-    _, closed, answer = response.rpartition("</think>")
-    if closed:
-        return answer.lstrip("\n")
-    return "" if response.lstrip().startswith("<think>") else response
+        return after_thought(response).strip() or None
 
 
 def row_problem(row: dict, where: str) -> Problem:

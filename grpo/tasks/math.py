@@ -23,7 +23,7 @@ import math_verify
 from grpo.config_sections import EnvConfig
 from grpo.errors import DataError
 from grpo.rewards import Grade
-from grpo.tasks import Problem
+from grpo.tasks import Problem, after_thought
 from grpo.tasks.data import HubSplit, NoAnswer, read_problems, take_examples, text_fields, with_text
 
 MAX_ANSWER = 1000  # characters of a boxed answer
@@ -121,14 +121,14 @@ class Math:
 
     def grade(self, problem: Problem, response: str) -> Grade:
         """0.1 for a boxed answer, 0.9 for its being equal to the reference. Has no time limit of its own."""
-        answer = last_boxed(response)
+        answer = self.parse(response)
         exact = None if answer is None else answer == problem.answer or same(answer, problem.answer)
         if exact is None:
             return Grade({"format": 0.0, "exact": 0.0}, "unparseable", None)
         return Grade({"format": 0.1, "exact": 0.9 * exact}, "correct" if exact else "wrong", answer)
 
     def parse(self, response: str) -> str | None:
-        return last_boxed(response)
+        return last_boxed(after_thought(response))
 
 
 def _problem(row: dict, where: str) -> Problem:

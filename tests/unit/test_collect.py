@@ -104,12 +104,13 @@ LETTERS = "abcde"
 
 
 def make_collector(
-    reference=None, kl_in_reward: float = 0.0, reward_function=None, collections: int = 3, task=None, **finish
+    reference=None, kl_in_reward: float = 0.0, reward_function=None, collections: int = 3, task=None, thought="", **finish
 ):
     """Collections of 2 groups of 3 over five one-letter problems."""
     tokenizer = make_tokenizer()
     ids = [tokenizer(letter)["input_ids"] for letter in LETTERS]
-    data = EncodedProblems([Problem(letter, letter * 2) for letter in LETTERS], [i * (n + 1) for n, i in enumerate(ids)], 0)
+    problems, prompts = [Problem(letter, letter * 2) for letter in LETTERS], [i * (n + 1) for n, i in enumerate(ids)]
+    data = EncodedProblems(problems, prompts, 0, thought)
     stream, clock, engines = PromptStream(5, seed=2), Clock(), Engines()
     grading = DirectGrading(task or Echo(), reward_function)
     env = PromptEnv((2, 3), grading, data, stream, tokenizer, clock)
@@ -177,6 +178,13 @@ def test_a_collection_holds_each_groups_rollouts_grades_and_advantages():
         assert torch.allclose(group["advantage"], expected)
     assert "next" not in rollouts
     assert "kl_penalty" not in rollouts
+
+
+def test_a_grader_gets_what_the_prompt_has_opened_in_front_of_a_response():
+    rollouts = next(iter(make_collector(thought="<think>")[0]))
+    for record in records(rollouts):
+        assert record.responses == [record.prompt * n for n in (1, 2, 3)]
+        assert [grade.parsed for grade in record.grades] == [f"<think>{response}" for response in record.responses]
 
 
 def test_a_users_reward_replaces_the_tasks_and_the_verdicts_stay():

@@ -54,6 +54,8 @@ def test_accuracy_is_the_share_of_right_greedy_responses():
     data = EncodedProblems([Problem("", answer) for answer in ("12", "1", "12", "2", "12")], [[i] for i in range(5)], 0)
     assert accuracy(engines, DirectGrading(Same()), data, make_tokenizer(), 9) == {"accuracy": 0.6, "n": 5}
     assert engines.asked == [(data.prompts, Sampling(num_responses=1, max_tokens=9, temperature=0.0))]
+    data.thought = "1"  # what the prompts have opened, see test_tasks.py
+    assert accuracy(engines, DirectGrading(Same()), data, make_tokenizer(), 9) == {"accuracy": 0.0, "n": 5}
 
 
 class Failing:
@@ -267,6 +269,16 @@ def test_each_response_is_graded_against_its_own_problem_and_prompts_alone_are_n
     assert [[grade.correct for grade in group] for group in found.samples] == [[True, False], [], [True, True]]
     assert found.lengths == [3, 4, 5]
     assert judge(questions, said(3, 4, 5), ["1", "hi", "3"], pool=DirectGrading(Same())).samples == [[], [], []]
+
+
+def test_a_thought_that_the_prompts_open_is_judged_with_the_responses():
+    questions = [Question(Problem("a", "1")), Question(Problem("b", "t1"))]
+    found = judge(questions, said(3, 3), ["1", "1"], ["1", "1"], pool=DirectGrading(Same()), thought="t")
+    assert (found.right, [[grade.correct for grade in group] for group in found.samples]) == (
+        [False, True],
+        [[False], [True]],
+    )
+    assert found.responses == ["1", "1"]
 
 
 def test_a_users_function_gives_the_rewards_and_the_task_the_outcomes():

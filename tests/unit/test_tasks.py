@@ -7,7 +7,7 @@ from grpo.builtin import make_tokenizer
 from grpo.config_sections import EnvConfig
 from grpo.errors import ConfigError, DataError
 from grpo.scored import encode_prompt
-from grpo.tasks import SPLITS, EncodedProblems, Problem, encode, encode_split, fingerprint
+from grpo.tasks import SPLITS, EncodedProblems, Problem, after_thought, encode, encode_split, fingerprint
 
 
 class Sums:
@@ -41,6 +41,59 @@ def test_the_system_prompt_reaches_templates_that_have_a_place_for_it():
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}={{ m['content'] }};{% endfor %}"
     assert tokenizer.decode(encode(Problem("1+2", "3"), Sums(), tokenizer)) == "system=add;user=1+2;"
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("#### 18", "#### 18"),
+        ("<think>20?</think>\n\n#### 18", "#### 18"),
+        ("It is 20.</think>\n#### 18", "#### 18"),  # the prompt had opened it
+        ("<think>a</think>b</think>c", "c"),
+        (" \n<think>It is 18. But wait", ""),  # cut off
+        ("<think>", ""),
+        ("I <think> so: #### 18", "I <think> so: #### 18"),
+        ("", ""),
+    ],
+)
+def test_what_counts_is_what_comes_after_the_thought(response, answer):
+    assert after_thought(response) == answer
+
+
+@pytest.mark.parametrize(
+    ("dataset", "row", "cut_off", "finished"),
+    [
+        ("gsm8k", {"answer": "18"}, "the answer is 18. But wait", "#### 18"),
+        ("math", {"answer": "18"}, r"so \boxed{18}? Let me", r"\boxed{18}"),
+        ("countdown", {"numbers": [9, 2], "target": 18}, "<answer>9 * 2</answer>? Let me", "Answer: 9 * 2"),
+    ],
+)
+def test_a_thought_that_was_cut_off_is_no_answer(dataset, row, cut_off, finished):
+    grader, problem = tasks.grader(EnvConfig(dataset=dataset)), tasks.row_problem(dataset, row, "")
+    thought = grader.grade(problem, f"<think>{cut_off}")
+    assert (thought.outcome, thought.reward, grader.parse(f"<think>{cut_off}")) == ("unparseable", 0.0, None)
+    assert grader.grade(problem, cut_off).correct
+    for opened in ("<think>", ""):
+        response = f"{opened}{cut_off}</think>\n{finished}"
+        assert grader.grade(problem, response).correct and grader.parse(response) is not None
+        assert grader.grade(problem, f"{opened}{finished}</think>\nI do not know.").outcome == "unparseable"
+
+
+@pytest.mark.parametrize(
+    ("generation_prompt", "thought"),
+    [("Assistant: <think>\n", "<think>"), ("Assistant: <think>\n\n</think>\n\n", ""), ("Assistant:", "")],
+)
+def test_a_thought_that_the_chat_template_opens_is_known(generation_prompt, thought):
+    class Letters(Recorder):
+        chat_template = "a token a character"
+
+        def apply_chat_template(self, turns: list[dict], **kwargs) -> list[int]:
+            return [ord(character) for character in turns[-1]["content"] + generation_prompt]
+
+        def decode(self, ids: list[int]) -> str:
+            return "".join(map(chr, ids))
+
+    assert encode_split(Sums(), "train", Letters(), 100).thought == thought
 
 
 class Recorder:
