@@ -35,16 +35,26 @@ MAX_DIGITS = 9
 MAX_NUMBERS = 20  # in a row of a local file
 
 TAG = re.compile(r"<answer>([^<]{0,400})</answer>", re.IGNORECASE)
-LINE = re.compile(r"\banswer[*_]{0,2} ?:[*_]{0,2}[ \t]{0,8}+([^\n]{0,400})", re.IGNORECASE)
+# What follows `Answer:` on its line or the next, or `The answer is` where there are no words in it.
+LINE = re.compile(
+    r"\banswer(?:[*_]{0,2} ?:[*_]{0,2}(?:\s|\\\[){0,8}+(?P<line>[^\n]{0,400})"
+    r"| is:?(?P<words>(?:[^A-Za-z\n\\]|[xX](?![A-Za-z])|\\[A-Za-z]{1,10}+|\\[^A-Za-z\n]){0,400}+)$)",
+    re.IGNORECASE | re.MULTILINE,
+)
+LABEL = re.compile(r"\s*expression ?:", re.IGNORECASE)
 TOKEN = re.compile(rf"\s*+(?:(?P<number>[0-9]{{1,{MAX_DIGITS}}})(?![0-9.])|(?P<sign>[-+*/()])(?!(?<=\*)\*|(?<=/)/))")
-BOX = re.compile(r"\\boxed ?\{([^{}]{0,400})\}")
-SIGNS = str.maketrans({"×": "*", "·": "*", "⋅": "*", "∗": "*", "÷": "/", "−": "-", "–": "-", "\u00a0": " "})
+# One level of braces in it; without what it holds where that is not closed, or has more.
+BOX = re.compile(r"\\boxed ?\{(?:([^{}]{0,400}+(?:\{[^{}]{0,400}+\}[^{}]{0,400}+){0,12}+)\})?")
+SIGNS = str.maketrans(
+    {**dict.fromkeys("×·⋅∗•✕✖＊", "*"), "÷": "/", "−": "-", "–": "-", "＋": "+", "[": "(", "]": ")", "\u00a0": " "}
+)
 LATEX = [
     (re.compile(pattern), sign)
     for pattern, sign in (
+        (r"\\[dt]?frac ?\{([^{}]{1,200})\} ?\{([^{}]{1,200})\}", r"((\1)/(\2))"),
         (r"\\(?:times|cdot|ast)(?![a-zA-Z])", "*"),
         (r"\\div(?![a-zA-Z])", "/"),
-        (r"\\(?:left|right)(?![a-zA-Z])|\\[()\[\],;! ]", " "),
+        (r"\\(?:left|right)(?![a-zA-Z])|\\[(),;! ]", " "),
         (r"(?<=[0-9)])(\s?)[xX](?=\s?[0-9(])", r"\1*"),
     )
 ]
@@ -135,16 +145,22 @@ def _plain(expression: str) -> str:
 
 
 def stated_expression(response: str) -> str | None:
-    """What the last answer tag holds, or the last box, or the rest of the last line with `Answer:`; no thought counts.
+    """What the last answer tag holds, or the last box, or the line after the last `Answer:`; no thought counts.
 
     Of an equation, `3 * 5 + 7 = 22` or `22 = 3 * 5 + 7`, its first side with an operation.
     """
     response = after_thought(response)
-    found = TAG.findall(response) or BOX.findall(response) or LINE.findall(response)
+    found = TAG.findall(response) or BOX.findall(response) or _lines(response)
     if not found:
         return None
-    sides = (BOX.findall(found[-1]) or found)[-1].split("=")
+    sides = LABEL.sub("", (BOX.findall(found[-1]) or found)[-1], count=1).split("=")
     return next((side for side in sides if OPERATION.search(_plain(side))), sides[0]).strip(" \t\r\n.*`$")
+
+
+def _lines(response: str) -> list[str]:
+    """What comes after each `Answer:`, and after each `The answer is` that an operation follows."""
+    found = [(line["line"], line["words"]) for line in LINE.finditer(response)]
+    return [words if line is None else line for line, words in found if line is not None or OPERATION.search(_plain(words))]
 
 
 @lru_cache(maxsize=1 << 16)

@@ -45,6 +45,10 @@ def grade(response: str):
         ("((((7))))", 7, [7]),
         ("007", 7, [7]),
         ("2*-3", -6, [2, 3]),
+        ("[3 • 5] ＋ 7", 22, [3, 5, 7]),
+        (r"\frac{10}{5} \times 4", 8, [10, 5, 4]),
+        (r"\left(\dfrac{10 - 2}{2 \cdot 2}\right) - 1", 1, [10, 2, 2, 2, 1]),
+        (r"\[ 3 \times \tfrac{8}{2} \]", 12, [3, 8, 2]),
     ],
 )
 def test_expressions_are_worth_their_exact_value(expression, value, numbers):
@@ -73,6 +77,7 @@ def test_expressions_are_worth_their_exact_value(expression, value, numbers):
             "3e2",
         ),
         *("x", "3x", "1/0", "1/(3-3)", "__import__('os')", "5!", "sqrt(4)", "3,5", "٣", "3 == 3", "1" * 10, "(" * 100 + "1"),
+        *(r"3\frac{1}{2}", r"\frac{1}{0}", r"\frac{1}{}", "[3, 5]"),
         *("(" * 30 + "1" + ")" * 30, "-" * 30 + "1", "+".join("1" * 150), "\x00", "\ud800", "3(5)", "(3)(5)", "3\\frac5"),
     ],
 )
@@ -110,6 +115,19 @@ def test_what_is_no_expression_is_refused(expression):
         ("<answer>3∗5+7</answer>", 1.0, "correct", "3∗5+7"),
         ("So it is $\\boxed{3 \\times 5 + 7 = 22}$.", 1.0, "correct", "3 \\times 5 + 7"),
         ("<answer>\\boxed{3*5+7}</answer>", 1.0, "correct", "3*5+7"),
+        (r"\boxed{1 + 1} no \boxed{\frac{3}{5} + 7}", 0.1, "wrong", r"\frac{3}{5} + 7"),
+        (r"\boxed{3*5+7} no \boxed{\frac{\frac{3}{1}}{5} + 7}", 0.0, "unparseable", None),  # two levels of braces
+        (r"\boxed{3*5+7} no \boxed{3*5", 0.0, "unparseable", None),
+        (r"\boxed{7 + \left(\frac{3}{1}\right) \times 5 = 22}", 0.1, "wrong", r"7 + \left(\frac{3}{1}\right) \times 5"),
+        ("<answer>EXPRESSION: 3*5+7</answer>", 1.0, "correct", "3*5+7"),
+        ("Answer:\n3 * 5 + 7 = 22\n", 1.0, "correct", "3 * 5 + 7"),
+        ("**Answer:**\n\n\\[\n3 \\times 5 + 7\n\\]", 1.0, "correct", "3 \\times 5 + 7"),
+        ("The answer is 3*5+7", 1.0, "correct", "3*5+7"),
+        ("The answer is: $3 \\times 5 + 7 = 22$.\nIt was easy.", 1.0, "correct", "3 \\times 5 + 7"),
+        ("The answer is 3*5+7, which is 22", 0.0, "unparseable", None),
+        ("Answer: 3*5+7\nSo the answer is 22.", 1.0, "correct", "3*5+7"),
+        ("Answer: 3*5+7\nThe answer is right.", 1.0, "correct", "3*5+7"),
+        ("The answer is 3+5+7. No, the answer is 3*5+7", 1.0, "correct", "3*5+7"),
         ("<answer>3 xx 5 + 7</answer>", 0.0, "unparseable", None),
         ("<answer>x * 5 + 7</answer>", 0.0, "unparseable", None),
         ("<answer></answer>", 0.0, "unparseable", None),
