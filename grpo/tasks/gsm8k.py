@@ -11,6 +11,9 @@ word that scales it. Two of them are compared exactly, after this rule for such 
 question mark, or else its last sentence, has `percent` or `%` in it. There only a share below 1 is still taken as a share,
 so that 5000% is not 50. In the same way `3 million` is 3000000, and also 3 where that sentence has the word; likewise
 dozen, hundred, thousand, billion and trillion. Two numbers with the same word are compared as they stand.
+
+Some questions ask for percent without the word (`What is the overall pass rate?`, or, of scores in percent, `average`).
+There 50% is also 50: where the reference has no word, the question one of SHARE, and its asking sentence none of AMOUNT.
 """
 
 import re
@@ -29,6 +32,11 @@ STYLES = {
     "think": "Think the problem through step by step, then give the final answer as a number. Write your reasoning between "
     "<think> and </think> and the answer between <answer> and </answer>: <think>REASONING</think><answer>NUMBER</answer>",
 }
+BOUNDARY = re.compile(r"(?<=[.?!])(?<!\b(?:mr|ms|dr|st)\.)(?<!\bmrs\.)\s+")
+SHARE = re.compile(r"%|percent|\b(?:rate|chances?|odds|likely)\b", re.IGNORECASE)
+AMOUNT = re.compile(
+    r"\bhow (?!likely)|\$|\b(?:prices?|costs?|total|number|amount|age|time|money|pay|value|worth|earn|profit)\b"
+)
 
 
 @lru_cache(maxsize=1 << 16)
@@ -45,7 +53,7 @@ def gold(answer: str) -> Value:
 
 def asking_sentence(question: str) -> str:
     """The last sentence of `question` that ends in a question mark, or else its last sentence; in lower case."""
-    sentences = [s for s in re.split(r"(?<=[.?!])\s+", question.strip().lower()) if s]
+    sentences = [s for s in BOUNDARY.split(question.strip().lower()) if s]
     asking = [sentence for sentence in sentences if sentence.endswith("?")]
     return (asking or sentences or [""])[-1]
 
@@ -56,6 +64,8 @@ def same(stated: Value, expected: Value, question: str) -> bool:
         return stated.number == expected.number
     sentence = asking_sentence(question)
     readings = [_readings(value, sentence) for value in (stated, expected)]
+    if (stated.scale, expected.scale) == ("percent", None) and SHARE.search(question) and not AMOUNT.search(sentence):
+        readings[0].append(stated.number)
     return any(number in readings[1] for number in readings[0])
 
 

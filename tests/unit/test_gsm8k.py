@@ -219,11 +219,52 @@ def test_every_reference_solution_is_right_for_its_own_problem_and_wrong_for_the
         ("He has 3 cats. Find the percentage.", "find the percentage."),
         ("A costs 2.50? B costs 3.75. How much is both?", "how much is both?"),
         ("How many", "how many"),
+        (
+            "He is 9. What percent of that is Mr. Roger's, and Mrs. St. John's?",
+            "what percent of that is mr. roger's, and mrs. st. john's?",
+        ),
+        ("He was 1st. How much?", "how much?"),
         ("", ""),
     ],
 )
 def test_the_sentence_that_asks(question, sentence):
     assert asking_sentence(question) == sentence
+
+
+@pytest.mark.parametrize(
+    ("question", "stated", "outcome"),
+    [
+        ("340 of 500 passed. What is the school's overall pass rate?", "70%", "correct"),
+        ("What are the odds that all three will be good?", "70%", "correct"),
+        ("There are 5 blue candies. How likely is it that it's blue?", "70%", "correct"),
+        ("Boys get an 80% on the test. What is the class average?", "70%", "correct"),
+        ("What is the percentage obtained by Mr. Roger's friend?", "70%", "correct"),
+        ("What is the class average?", "70%", "wrong"),
+        ("Prices increase by 25%. How much more expensive will 5 bottles be?", "70%", "wrong"),
+        ("It is 25% off. What is the price now?", "70%", "wrong"),
+        ("Boys get an 80% on the test. What is the class average?", "0.7%", "wrong"),
+        ("Boys get an 80% on the test. What is the class average?", "0.7", "wrong"),
+    ],
+)
+def test_percent_may_be_asked_for_without_the_word(question, stated, outcome):
+    assert GSM8K({}).grade(Problem(question, "70"), f"#### {stated}").outcome == outcome
+
+
+def test_the_ten_questions_that_ask_for_percent_without_the_word_in_their_last_sentence():
+    rows = {
+        "train": {2364: 27, 4121: 24, 4987: 25, 5145: 86, 5475: 30, 6272: 25, 7274: 6},
+        "test": {806: 70, 1012: 94, 1079: 10},
+    }
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"no GSM8K files in {SHARED_DATA}: set GRPO_SHARED_DATA")
+    right = []
+    for split, answers in rows.items():
+        lines = (SHARED_DATA / f"gsm8k_{split}.jsonl").read_text().splitlines()
+        for i, answer in answers.items():
+            question = json.loads(lines[i])["question"]
+            if GSM8K({}).grade(Problem(question, str(answer)), f"#### {answer}%").correct:
+                right.append(i)
+    assert right == [2364, 4121, 5145, 5475, 6272, 7274, 806, 1012, 1079]  # 4987 asks for dollars
 
 
 @pytest.mark.parametrize(
