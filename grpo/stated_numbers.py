@@ -11,11 +11,13 @@ fractions, none is rounded.
 
 - Of an equation, `3 * 6 = 18`, the last side that is a number counts; nothing is computed.
 - Several numbers where one is due (`3 or 4`, `3 to 4`, `3:4`, `3 4`, `3 | 4`, `3 (or 4)`, `5 * 6`, `5 times 6`,
-  `5 feet 6 inches`, `3 and a half`) state no answer that could be graded: unparseable.
+  `5 feet 6 inches`, `3 and a half`, `9 eggs at $2, which is $18`, `4.5, so 5 boxes`) state no answer that could be graded:
+  unparseable.
 - A remark does not take the place of a statement: after `#### 18` or `The answer is 18`, a later `This answer is right, as
   there are 7 days` changes nothing. Its number counts only where nothing else is stated.
 - A statement without a number (`#### none`, `The answer is not 18`) is none, and the one before it counts.
-- `#### 2. Find the price` with text on the lines below is a numbered heading, not an answer.
+- `#### 2. Find the price` with text on the lines below is a numbered heading, not an answer. Among words (`#### Total: 18`)
+  a number counts only where no text is below.
 - Units other than percent and number words are not looked at, let alone converted.
 """
 
@@ -77,7 +79,7 @@ MARKUP = [
 ]
 OPENING = re.compile(r"(?:\s|\\[(\[]|[*_$:])*+")
 LEAD = re.compile(
-    r"(?:[\s*_:=({\[\"'“‘]|[-=]>|(?:approximately|about|around|exactly|simply|just|therefore|thus|indeed|now|only|roughly"
+    r"(?:[-=]>|[\s*_:=({\[\"'“‘→⇒]|(?:approximately|about|around|exactly|simply|just|therefore|thus|indeed|now|only|roughly"
     r"|equal to|a total of|therefore)\b[,:]?)*+",
     re.IGNORECASE,
 )
@@ -135,13 +137,25 @@ CONTINUED = re.compile(
     rf"|(?! ?(?P<unit>[a-zA-Z]{{2,15}}),? or {CURRENCY}?[0-9][0-9,.]{{0,30}} (?!(?P=unit)\b)[a-zA-Z])"
     rf" ?[a-zA-Z]{{0,15}}(?: ?[,;&] ?| and | or |-or-| to )(?:and |or )?{CURRENCY}?-?[0-9]",
 )
+# Between a number and another one that the sentence puts in its place, where no reason is given in between.
+REPLACED = re.compile(
+    r"(?:(?!\b(?:because|since|as|if|when|where|given|using|not)\b)(?:[^\n.?!=(]|\.(?=[0-9]))){0,60}?"
+    r"(?:\b(?:which (?:is|makes|comes to)|so|for a total of|half of which is)\b"
+    r"|\(?\bround(?:s|ed)(?: up| down)? (?:to|is)\b)"
+    rf"[^\n.?!=(0-9]{{0,30}}?(?={SIGN}?{CURRENCY}?\.?[0-9])",
+    re.IGNORECASE,
+)
+# After that other one: it says how large the first is, or how exact.
+DESCRIBING = re.compile(r" ?(?:%|(?:percent|times|more|less|fewer|out|of|decimals?|significant|places|digits)\b)")
 # What may not stand between a marker and a number further on.
 NOT_PROSE = re.compile(
     r"\b(?:not|never|neither|nor|cannot|between|than|least|most|from|if)\b|n['’]t\b|\\[a-zA-Z]|[*+/^×÷·√<>≤≥]"
-    r"|\b(?:half|twice|thrice|double|triple|third|quarter)(?: of)? ?\Z",
+    r"|\b(?:half|twice|thrice|double|triple|third|quarter)(?: of)? ?\Z"
+    r"|\b(?:step|part|case|method|example|problem|question|section) ?\Z",
     re.IGNORECASE,
 )
 PROSE = ("heading", "words")  # markers after which the number may stand among words
+BRACKETS = re.compile(rf"\((?!{HEDGE})[^()\n]{{0,80}}\)")
 # How the words after `the answer is` begin where they are the answer, and not a remark on it.
 DIRECT = re.compile(
     rf"(?:{LEAD.pattern})(?:[-+$€£¥₹(\\.]|[0-9]|{CURRENCY}|[a-zA-Z]{{1,20}} ?=|that\b|minus\b|negative\b)", re.IGNORECASE
@@ -209,11 +223,18 @@ def _value(text: str, start: int) -> Value | None:
     number = _read(found)
     scale = SCALE.match(text, found.end())
     end = scale.end() if scale else found.end()
-    if number is None or CONTINUED.match(text, end):
+    if number is None or CONTINUED.match(text, end) or _is_replaced(number, text, end):
         raise Ambiguous
     if scale is None:
         return Value(number)
     return Value(number, "percent" if scale["percent"] else scale["word"].lower())
+
+
+def _is_replaced(number: Fraction, text: str, end: int) -> bool:
+    """Whether the sentence goes on from `number`, which ends at `end`, to another one that takes its place."""
+    found = REPLACED.match(text, end)
+    other = NUMBER.match(text, found.end()) if found else None
+    return other is not None and _read(other) != number and DESCRIBING.match(text, other.end()) is None
 
 
 def _plain(text: str) -> str:
@@ -232,7 +253,8 @@ def read_clause(text: str, prose: bool) -> Value | None:
     """The one number that a clause states; None where it has none.
 
     The number comes first, or is the last side of an equation that is a number; with `prose` it may also be the only
-    number among words. Raises Ambiguous where it begins with a number that is not one answer.
+    number among words, but for those in brackets behind it. Raises Ambiguous where it begins with a number that is not one
+    answer.
     """
     text = _plain(text)
     try:
@@ -252,16 +274,16 @@ def read_clause(text: str, prose: bool) -> Value | None:
             return value
     if ambiguous:
         raise Ambiguous
-    starts = [found.start() for found in NUMBER.finditer(text)]
+    found = NUMBER.search(text) if prose else None
     if (
-        not prose
-        or len(starts) != 1
-        or NOT_PROSE.search(text, 0, starts[0])
-        or text[max(starts[0] - 1, 0) : starts[0]].isalnum()
+        found is None
+        or NUMBER.search(BRACKETS.sub("", text[found.end() :]))
+        or NOT_PROSE.search(text, 0, found.start())
+        or text[max(found.start() - 1, 0) : found.start()].isalnum()
     ):
         return None
     try:
-        return _value(text, starts[0])
+        return _value(text, found.start())
     except Ambiguous:
         return None
 
@@ -291,8 +313,10 @@ def _statement(marker: re.Match, text: str, end: int) -> Value | None:
     if kind == "hash" and HEADING.match(after):
         return None
     after = after[OPENING.match(after).end() :]
-    clause = SENTENCE_END.split(after, maxsplit=1)[0] if kind in PROSE else after.split("\n", 1)[0]
-    return read_clause(clause, prose=kind in PROSE)
+    line, _, below = after.partition("\n")
+    if kind in PROSE:
+        return read_clause(SENTENCE_END.split(after, maxsplit=1)[0], prose=True)
+    return read_clause(line, prose=kind == "hash" and not below.strip())
 
 
 def _is_remark(marker: re.Match, text: str) -> bool:
