@@ -22,8 +22,11 @@ def adapter_settings(path: str) -> PeftLoraConfig:
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"lora_path ({path}): its adapter_config.json cannot be read: {one_line(error)[:200]}") from None
     plain = settings.peft_type == "LORA" and not settings.use_dora and settings.bias == "none" and not settings.lora_bias
-    if not plain or settings.modules_to_save:
-        raise ConfigError(f"lora_path ({path}) must hold LoRA adapters alone: no DoRA, no biases, no modules_to_save")
+    if not plain or settings.modules_to_save or settings.trainable_token_indices:
+        raise ConfigError(
+            f"lora_path ({path}) must hold LoRA adapters alone: no DoRA, no biases, no modules_to_save, no "
+            "trainable_token_indices"
+        )
     return settings
 
 

@@ -249,10 +249,12 @@ def test_adapters_of_embeddings_and_the_output_layer_are_refused(model_path, tmp
         check_adapter(load_model(model_path, CPU).config, str(tmp_path))
 
 
-def test_adapters_with_a_bias_are_refused(model_path, tmp_path):
-    settings = PeftLoraConfig(r=2, target_modules=["q_proj"], lora_bias=True)
+@pytest.mark.parametrize("more", [{"lora_bias": True}, {"trainable_token_indices": {"embed_tokens": [1, 2]}}], ids=str)
+def test_what_is_more_than_adapters_is_refused(model_path, tmp_path, more):
+    settings = PeftLoraConfig(r=2, target_modules=["q_proj"], **more)
     get_peft_model(load_model(model_path, CPU), settings).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"must hold LoRA adapters alone: no DoRA, no biases, no modules_to_save$"):
+    rule = "must hold LoRA adapters alone: no DoRA, no biases, no modules_to_save, no trainable_token_indices$"
+    with pytest.raises(ConfigError, match=rule):
         check_adapter(load_model(model_path, CPU).config, str(tmp_path))
 
 
