@@ -71,7 +71,8 @@ METRICS = {
     "train/ratio_max": "the largest",
     "train/ess": "effective sample size of the ratios to what sampled (train/is_raw_*, with a correction) as a share of the "
     "tokens",
-    "train/ranking_accuracy": "offline: share of the batch's groups whose best-scored completion the policy ranks first",
+    "train/ranking_accuracy": "offline: of the batch's groups whose scores differ, the share whose best-scored completion "
+    "the policy ranks first",
     "train/group_entropy": "offline: entropy of the policy's distribution over a group's completions, nats",
     "train/target_entropy": "offline: entropy of the scores' distribution over them, nats",
     "train/completion_log_prob": "offline: log-prob of the completions, nats a token",

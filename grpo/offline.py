@@ -81,7 +81,10 @@ def load_data(config: OfflineConfig, tokenizer: PreTrainedTokenizerBase) -> tupl
             f"{too_long} completions are longer than max_seq_length ({config.max_seq_length} tokens) with their prompt and "
             f"left out, and with them {too_small} groups that have fewer than 2 left"
         )
-    held_out = differing(held_out)
+    number, held_out = len(held_out.groups), differing(held_out)
+    equal = number - len(held_out.groups)
+    if equal:
+        print(f"{equal} of {number} held-out groups are left out, whose scores are all equal: there is nothing to rank")
     for what, encoded in (("to train on", train), ("held out whose scores differ", held_out)):
         if not encoded.groups:
             raise DataError(

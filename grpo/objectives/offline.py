@@ -4,6 +4,8 @@ The contract is that of every objective: sums over the groups that were given, w
 number over all ranks and micro-batches. A group must come whole.
 """
 
+import math
+
 import torch
 
 
@@ -66,11 +68,12 @@ def group_kl_loss(
     p = torch.where(present, log_p.exp(), 0.0)
     loss = (p * (log_p - log_q)).sum()
     with torch.no_grad():
-        groups = present.any(-1)
-        right = ranks_best_first(values[groups], scores[groups], present[groups])
+        differ = scores.masked_fill(~present, -torch.inf).amax(-1) > scores.masked_fill(~present, torch.inf).amin(-1)
+        right = ranks_best_first(values[differ], scores[differ], present[differ])
         sums = {
             "loss": loss,
             "accuracy": right.sum(),
+            "ranked": differ.sum(),
             "entropy": -(p * log_p).sum(),
             "target_entropy": -(log_q.exp() * log_q).sum(),  # 0 where there is none, whose log_q is 0
             "log_prob": torch.where(response_mask, log_probs, 0.0).sum(),
@@ -80,10 +83,13 @@ def group_kl_loss(
 
 
 def summarise(sums: dict[str, float], groups: int) -> dict[str, float]:
-    """Means a group (log_prob: a token) from the sums of every rank and micro-batch."""
+    """Means a group (log_prob: a token) from the sums of every rank and micro-batch.
+
+    The accuracy is that of the groups whose scores differ, and not a number where there are none.
+    """
     return {
         "train/loss": sums["loss"] / groups,
-        "train/ranking_accuracy": sums["accuracy"] / groups,
+        "train/ranking_accuracy": sums["accuracy"] / sums["ranked"] if sums["ranked"] else math.nan,
         "train/group_entropy": sums["entropy"] / groups,
         "train/target_entropy": sums["target_entropy"] / groups,
         "train/completion_log_prob": sums["log_prob"] / sums["tokens"],

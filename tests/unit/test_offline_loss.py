@@ -66,20 +66,33 @@ def test_the_metric_sums_by_hand():
         {
             "loss": 0.5 * math.log(3),
             "accuracy": 0.0,  # the second is likelier, the first scores more
+            "ranked": 1,
             "entropy": entropy,
             "target_entropy": entropy,
             "log_prob": math.log(0.12),
             "tokens": 3,
         }
     )
-    metrics = summarise({"loss": 6, "accuracy": 3, "entropy": 1, "target_entropy": 2, "log_prob": -8, "tokens": 16}, 4)
-    assert metrics == {
+    sums = {"loss": 6, "accuracy": 1.5, "ranked": 2, "entropy": 1, "target_entropy": 2, "log_prob": -8, "tokens": 16}
+    assert summarise(sums, 4) == {
         "train/loss": 1.5,
         "train/ranking_accuracy": 0.75,
         "train/group_entropy": 0.25,
         "train/target_entropy": 0.5,
         "train/completion_log_prob": -0.5,
     }
+
+
+def test_groups_whose_scores_are_equal_have_no_best_completion_to_rank_first():
+    parts = group([[0.5], [0.6]], [1.0, 2.0]), group([[0.6], [0.5]], [1.0, 2.0]), group([[0.6], [0.5]], [1.0, 1.0])
+    log_probs, mask, scores = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    scores = pad(scores, (0, 1))  # the third completion, which is not there, has another score
+    _, sums = group_kl_loss(pad(log_probs, (0, 0, 0, 1)), pad(mask, (0, 0, 0, 1)), scores, **SUM)
+    assert (float(sums["accuracy"]), float(sums["ranked"])) == (1.0, 2.0)
+    assert summarise(sums, 3)["train/ranking_accuracy"] == 0.5
+    log_probs, mask, scores = parts[2]
+    _, sums = group_kl_loss(log_probs, mask, scores, **SUM)
+    assert math.isnan(summarise(sums, 1)["train/ranking_accuracy"])
 
 
 def test_a_policy_that_is_its_target_has_no_loss_and_no_gradient():

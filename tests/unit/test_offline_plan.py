@@ -60,6 +60,15 @@ def test_what_is_left_out_is_said_and_nothing_left_is_an_error(scored, capsys):
         load_data(config_of(scored, "max_seq_length=9"), tokenizer)
 
 
+def test_it_is_said_how_many_held_out_groups_have_nothing_to_rank(tmp_path, capsys):
+    row = '{"prompt": "%d", "completions": [{"text": "1", "score": %d}, {"text": "2", "score": 2}]}\n'
+    (tmp_path / "some.jsonl").write_text("".join(row % (i, 1 + i % 2) for i in range(40)))
+    train, held_out = load_data(config_of(str(tmp_path / "some.jsonl"), "eval_share=0.5"), make_tokenizer())
+    assert len(train.groups) == 20 and 0 < len(held_out.groups) < 20
+    equal = 20 - len(held_out.groups)
+    assert f"{equal} of 20 held-out groups are left out, whose scores are all equal" in capsys.readouterr().out
+
+
 def test_groups_without_a_difference_are_no_evaluation(tmp_path):
     row = '{"prompt": "%d", "completions": [{"text": "1", "score": 2}, {"text": "2", "score": 2}]}\n'
     (tmp_path / "equal.jsonl").write_text("".join(row % i for i in range(4)))
