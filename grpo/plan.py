@@ -122,7 +122,8 @@ class Plan:
         return "in processes of its own" if config.num_references else "the trainer without its adapters"
 
     def _time(self, config: RunConfig) -> str:
-        shape = shape_of(find_architecture(config.model.name, self.device), self.parameters)
+        adapters = self.trained if config.train_model.lora.enabled else 0
+        shape = shape_of(find_architecture(config.model.name, self.device), self.parameters, adapters)
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
         return forecast(config, shape, self.device, gpu)
 

@@ -5,7 +5,7 @@
 `amounts` counts the units from the model's shape and the run's settings; what one costs is fitted on a CPU by
 benchmarks/throughput.py, which keeps it in grpo/throughput.json, or taken from a GPU's data sheet (`data_sheet_costs`: an
 estimate, since no GPU has been measured). A synchronous collection takes the sum of its phases, an asynchronous one as long
-as its slowest side, and a fixed cost a step (`collection_s`).
+as its slowest side, and a fixed cost a step (`collection_s`). With train.sync_iter=false sampling goes on beside the steps.
 """
 
 import json
@@ -38,6 +38,11 @@ class Shape:
     vocabulary: int
     kv_width: int  # numbers of the key-value cache a token
     tied: bool  # whether the embedding is the output layer too
+    adapters: int = 0  # parameters of LoRA adapters, which alone are trained; 0: all are
+
+    @property
+    def trained(self) -> int:
+        return self.adapters or self.parameters
 
     @property
     def multiplied(self) -> int:
@@ -45,12 +50,12 @@ class Shape:
         return self.parameters - (0 if self.tied else self.vocabulary * self.hidden)
 
 
-def shape_of(model: PreTrainedConfig, parameters: int) -> Shape:
+def shape_of(model: PreTrainedConfig, parameters: int, adapters: int = 0) -> Shape:
     heads = getattr(model, "num_key_value_heads", model.num_attention_heads)
     head_dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
     width = 2 * model.num_hidden_layers * heads * head_dim
     tied = bool(model.tie_word_embeddings)
-    return Shape(parameters, model.num_hidden_layers, model.hidden_size, model.vocab_size, width, tied)
+    return Shape(parameters, model.num_hidden_layers, model.hidden_size, model.vocab_size, width, tied, adapters)
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,8 @@ def amounts(shape: Shape, work: Work) -> Amounts:
     """How many units each phase of a collection has, on the busiest process of its role.
 
     flops count two a multiplication and addition: a forward pass has 2 a parameter and token, and 4 a layer, dimension and
-    token of context for attention; a backward pass has twice as many. A group's prompt is computed once.
+    token of context for attention; a backward pass has twice as many, of which the weights' gradients are half: frozen ones
+    have none. A group's prompt is computed once. The work of LoRA adapters themselves is not counted.
     """
     sampled = work.responses * work.response_tokens
     tokens = work.responses * (work.prompt_tokens + work.response_tokens)
@@ -127,14 +133,16 @@ def amounts(shape: Shape, work: Work) -> Amounts:
         + own * work.response_tokens * context * shape.kv_width * work.weight_bytes,
     }
     passes = work.steps * work.micro_batches
+    frozen = tokens * 2 * shape.multiplied * (shape.adapters > 0)  # gradients of weights that are not made
     training = {
         "steps": work.steps,
         "layer_calls": passes * shape.layers,
         "moved": work.epochs * moved / work.ranks,
-        "flops": work.epochs * forward * (4 if work.recomputes else 3) / work.ranks,
-        "updated": work.steps * shape.parameters / work.ranks,
+        "flops": work.epochs * (forward * (4 if work.recomputes else 3) - frozen) / work.ranks,
+        "updated": work.steps * shape.trained / work.ranks,
         # FSDP gathers the weights for each pass forward and backward, and adds up the gradients (in float32) once a step.
-        "gathered_bytes": (2 * passes * BFLOAT16 + work.steps * FLOAT32) * shape.parameters * (work.ranks > 1),
+        "gathered_bytes": (2 * passes * BFLOAT16 * shape.parameters + work.steps * FLOAT32 * shape.trained)
+        * (work.ranks > 1),
     }
     scoring = {
         "calls": 1,
@@ -171,15 +179,19 @@ class Overlap:
     step_s: float = 0.0  # besides
 
 
-def collection_s(seconds: dict[str, float], mode: str, steps: int, overlap: Overlap) -> float:
+def collection_s(seconds: dict[str, float], mode: str, steps: int, overlap: Overlap, sync_iter: bool = True) -> float:
     """Seconds of a collection from those of its phases: their sum in sync mode, else those of the slowest side.
 
-    Engines sample, collectors grade and score, and the driver trains, pushes and logs.
+    Engines sample, collectors grade and score, and the driver trains, pushes and logs. In sync mode without `sync_iter` the
+    next collection is sampled and scored as a whole while the steps are taken, and the push waits for it.
     """
-    if mode == "sync":
+    if mode == "sync" and sync_iter:
         return sum(seconds.values())
     engines = seconds["generate"] * overlap.generate
     collectors = seconds["reward"] + seconds["reference"] * overlap.train
+    if mode == "sync":
+        sides = engines + collectors, seconds["train"] * overlap.train
+        return max(*sides, sum(sides) / overlap.cores) + seconds["push"] + seconds["rest"]
     driver = seconds["train"] * overlap.train + seconds["push"] + seconds["rest"]
     return max(engines, collectors, driver, (engines + collectors + driver) / overlap.cores) + steps * overlap.step_s
 
@@ -260,6 +272,6 @@ def forecast(config: RunConfig, shape: Shape, device: str, gpu: str | None) -> s
     longest = config.env.max_prompt_length, config.inference_model.max_tokens
     work = work_of(config, *longest, on_cpu=device != "cuda")
     seconds = predict(amounts(shape, work), costs)
-    whole = collection_s(seconds, config.mode, work.steps, overlap)
+    whole = collection_s(seconds, config.mode, work.steps, overlap, config.train.sync_iter)
     parts = ", ".join(f"{phase} {its:.2g}" for phase, its in seconds.items())
     return f"about {whole:.2g} s a collection at full length ({parts}), {source}"

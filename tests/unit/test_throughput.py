@@ -88,6 +88,25 @@ def test_a_tied_table_is_multiplied_too_and_recomputing_is_another_forward_pass(
     assert isclose(again, amounts(SHAPE, WORK)["train"]["flops"] * 4 / 3)
 
 
+def test_with_adapters_the_other_weights_have_no_gradients_and_no_update():
+    whole_model, adapted = (amounts(replace(SHAPE, adapters=n), replace(WORK, ranks=2)) for n in (0, 7))
+    # 8 responses of 16 tokens, 80 parameters, half of a backward pass; shared by 2 ranks.
+    assert whole_model["train"]["flops"] - adapted["train"]["flops"] == 8 * 16 * 2 * 80 / 2
+    assert adapted["train"]["updated"] == 2 * 7 / 2
+    assert adapted["train"]["gathered_bytes"] == 2 * 4 * 2 * 100 + 2 * 4 * 7
+    assert {phase: its for phase, its in adapted.items() if phase != "train"} == {
+        phase: its for phase, its in whole_model.items() if phase != "train"
+    }
+
+
+def test_a_dry_run_with_adapters_forecasts_less_training():
+    def seconds(*overrides: str) -> float:
+        config = compose("grpo_arithmetic", ["device=cpu", *overrides])
+        return float(make_plan(config).describe(config).rpartition("train ")[2].partition(",")[0])
+
+    assert seconds("train_model.lora.enabled=true") < seconds()
+
+
 def test_no_reference_takes_no_time():
     needed = amounts(SHAPE, replace(WORK, uses_reference=False))
     assert needed["reference"] == {}
@@ -104,6 +123,21 @@ def test_a_phase_is_the_sum_of_its_units_and_gathering_goes_on_beside():
 
 def test_a_synchronous_collection_is_the_sum_of_its_phases():
     assert collection_s(SECONDS, "sync", 4, Overlap(generate=9, train=9, step_s=9)) == 10.0
+
+
+def test_a_synchronous_collection_beside_the_steps_on_the_one_before_takes_as_long_as_the_longer_and_the_push():
+    assert (
+        collection_s(SECONDS, "sync", 4, Overlap(), sync_iter=False) == 6.5 + 0.5
+    )  # sampled, graded, scored; push and rest
+    assert collection_s(SECONDS | {"train": 8.0}, "sync", 4, Overlap(), sync_iter=False) == 8.5
+    assert collection_s(SECONDS, "sync", 4, Overlap(cores=1), sync_iter=False) == 10.0
+    assert collection_s(SECONDS, "sync", 4, Overlap(generate=2, train=2, step_s=9), sync_iter=False) == 13.0
+    shape = Shape(4e8, 12, 1024, 32_000, 6144, tied=True)
+    beside, behind = (
+        float(forecast(compose("grpo_arithmetic", [f"train.sync_iter={its}"]), shape, "cuda", "H100").split()[1])
+        for its in ("false", "true")
+    )
+    assert beside < behind
 
 
 def test_an_asynchronous_collection_is_as_long_as_its_slowest_side():
