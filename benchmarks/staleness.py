@@ -20,10 +20,6 @@ SETTINGS: dict[str, tuple[str, list[str]]] = {
     "sync": ("-m benchmarks.halfway grpo_sync.py", []),
     "async, bound 1": ("-m benchmarks.halfway grpo_async.py", ["train.max_staleness=1", "train.is_correction=truncate"]),
     "async, bound 4": ("-m benchmarks.halfway grpo_async.py", ["train.max_staleness=4", "train.is_correction=truncate"]),
-    "async, bound 4, uncorrected": (
-        "-m benchmarks.halfway grpo_async.py",
-        ["train.max_staleness=4", "train.is_correction=none"],
-    ),
     "async, bound 16": ("-m benchmarks.halfway grpo_async.py", ["train.max_staleness=16", "train.is_correction=truncate"]),
 }
 
@@ -69,9 +65,7 @@ def halfway(run: dict) -> float:
 def draw(by_setting: dict[str, list[dict]]) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for (name, runs), colour in zip(
-        by_setting.items(), ("#000000", "#0072b2", "#009e73", "#cc79a7", "#d55e00"), strict=True
-    ):
+    for (name, runs), colour in zip(by_setting.items(), ("#000000", "#0072b2", "#009e73", "#d55e00"), strict=True):
         for run in runs:
             axes.plot(*zip(*run["validation"], strict=True), color=colour, linewidth=0.6, alpha=0.4)
         columns = list(zip(*(run["validation"] for run in runs), strict=False))
