@@ -196,7 +196,7 @@ def rollout_metrics(
 
 def rollout_lines(step: int, batch: TensorDict, log_probs: torch.Tensor | None) -> Iterator[dict]:
     """The lines of rollouts.jsonl for a batch; with the trainer's `log_probs` [B, T] also what belongs to its tokens."""
-    columns = {key: batch[key].tolist() for key in ("group_id", "reward", "advantage", "policy_version")}
+    columns = {key: batch[key].tolist() for key in ("group_id", "advantage", "policy_version")}
     row = 0
     for record in batch["records"]:
         for response, grade in zip(record.responses, record.grades, strict=True):
@@ -206,7 +206,7 @@ def rollout_lines(step: int, batch: TensorDict, log_probs: torch.Tensor | None) 
                 "prompt": record.prompt,
                 "response": response,
                 "answer": record.answer,
-                "reward": columns["reward"][row],
+                "reward": grade.reward,
                 "terms": grade.terms,
                 "outcome": grade.outcome,
                 **({"note": grade.note} if grade.note else {}),

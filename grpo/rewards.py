@@ -35,7 +35,7 @@ class Grade:
 
     @property
     def reward(self) -> float:
-        return sum(self.terms.values())
+        return sum(self.terms.values(), 0.0)
 
     @property
     def correct(self) -> bool:

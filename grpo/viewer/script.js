@@ -243,8 +243,9 @@ function fold(element) {
 
 function matches(group, response, words) {
   if (state.outcomes.size && !state.outcomes.has(response.outcome)) return false;
-  if (state.lowest !== null && response.reward < state.lowest) return false;
-  if (state.highest !== null && response.reward > state.highest) return false;
+  const reward = Math.fround(response.reward); // a sum that is shown as 0.3 may be 0.30000000000000004; older files have float32
+  if (state.lowest !== null && reward < Math.fround(state.lowest)) return false;
+  if (state.highest !== null && reward > Math.fround(state.highest)) return false;
   if (!words) return true;
   return [response.response, response.parsed ?? "", group.prompt, group.answer].some((text) => text.toLowerCase().includes(words));
 }
@@ -395,9 +396,8 @@ function sync() {
   ]));
   at("here").setAttribute("x", index);
   at("timeline").setAttribute("aria-valuenow", state.step);
-  at("search").value = state.text;
-  at("lowest").value = state.lowest ?? "";
-  at("highest").value = state.highest ?? "";
+  for (const [id, value] of [["search", state.text], ["lowest", state.lowest ?? ""], ["highest", state.highest ?? ""]])
+    if (at(id) !== document.activeElement) at(id).value = value; // what is being typed may be half of a number
   at("everywhere").checked = state.everywhere;
   at("colour").value = state.colour;
   for (const chip of at("outcomes").children) chip.setAttribute("aria-pressed", state.outcomes.has(chip.value));
@@ -555,6 +555,7 @@ function begin() {
   document.addEventListener("scroll", () => fill(), { passive: true });
   addEventListener("resize", () => fill());
   addEventListener("hashchange", () => {
+    document.activeElement.blur();
     readAddress();
     change({});
   });

@@ -131,6 +131,16 @@ def test_rollout_lines_have_the_fields_of_their_own_response():
     assert [line["policy_version"] for line in lines] == [3, 4, 2, 4]
 
 
+def test_a_lines_reward_is_the_sum_of_its_terms_and_not_what_float32_makes_of_it():
+    rollouts = batch()
+    rollouts["records"][0].grades[0] = Grade({"format": 0.2, "near": 0.2, "exact": 0.0}, "wrong", "3")
+    rollouts["records"][1].grades[1] = Grade({}, "timed_out", None)
+    rollouts["reward"][0] = 0.4
+    first, *_, last = rollout_lines(7, rollouts, None)
+    assert first["reward"] == sum(first["terms"].values()) == 0.4
+    assert json.dumps(last["reward"]) == "0.0"
+
+
 def test_with_log_probs_a_line_has_what_belongs_to_its_response_tokens():
     log_probs = batch()["inference_log_probs"] - 0.25
     lines = list(rollout_lines(7, batch(), log_probs))

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from grpo import tool, view
 from grpo.config import RunConfig
@@ -319,6 +320,36 @@ def test_filters_and_search_find_responses_in_this_step_or_in_all(tmp_path, chro
     chromium.evaluate("document.querySelector('.others').click()")
     assert texts(chromium, ".badge") == ["✓ correct", "✗ wrong"]
     chromium.resize(1440, 900)
+
+
+@needs_chromium
+@pytest.mark.parametrize(("typed", "value", "found"), [("0.4", 0.4, 2), ("-1", -1, 4)])
+def test_a_number_that_is_typed_slowly_stays_what_it_is(tmp_path, chromium, typed, value, found):
+    open_run(chromium, small_run(tmp_path / "run"))
+    chromium.evaluate("document.getElementById('lowest').focus()")
+    for key in typed:
+        chromium.press(key)
+        chromium.evaluate("new Promise((resolve) => setTimeout(resolve, 350))")  # the page waits 150 ms for the next key
+    assert chromium.evaluate("document.getElementById('lowest').value") == typed
+    assert f"lowest={value}" in chromium.evaluate("location.hash")
+    assert texts(chromium, "#found")[0].endswith(f" {found} responses that match")
+    chromium.evaluate("location.hash = 'step=3&lowest=0.9'")
+    chromium.wait("document.getElementById('lowest').value === '0.9'")
+
+
+@needs_chromium
+@pytest.mark.parametrize("rewards", [[0.0, 0.2, 0.1 + 0.2, 1.0], torch.tensor([0.0, 0.2, 0.3, 1.0]).tolist()])
+def test_a_filter_at_the_reward_that_is_shown_keeps_it(tmp_path, chromium, rewards):
+    lines = [line(1, 1, i, f"{i}", "wrong", reward, None) for i, reward in enumerate(rewards)]
+    run = write_run(tmp_path / "run", lines)
+    for fragment, shown in [
+        ("lowest=0.2", ["1.00", "0.30", "0.20"]),
+        ("highest=0.2", ["0.20", "0.00"]),
+        ("lowest=0.3&highest=0.3", ["0.30"]),
+        ("lowest=0.31", ["1.00"]),
+    ]:
+        open_run(chromium, run, fragment)
+        assert texts(chromium, ".response > header .number")[::2] == shown
 
 
 @needs_chromium
