@@ -47,7 +47,7 @@ METRICS = {
     "rollout/advantage_std": "standard deviation of the advantages",
     "rollout/groups": "groups in the batch",
     "rollout/group_size_mean": "responses a group",
-    "rollout/equal_groups": "share of groups whose rewards are all equal: they teach nothing",
+    "rollout/equal_groups": "share of groups whose rewards, where there is a verdict, are all equal: they teach nothing",
     "rollout/kl_penalty_mean": "mean of what the reference takes off a reward (kl_coef_in_loss=false)",
     "rollout/kl_penalty_std": "its standard deviation",
     "rollout/gradient_groups": "share of groups with an advantage: the others carry no gradient of the policy loss",
@@ -153,12 +153,13 @@ def rollout_metrics(
     reward = batch["reward"][graded] if graded.sum() > 1 else torch.zeros(2)
     length = batch["response_length"].float()
     grades = [grade for record in batch["records"] for grade in record.grades]
-    equal = [len({grade.reward for grade in record.grades}) == 1 for record in batch["records"]]
+    equal = [len({grade.reward for grade in record.grades if grade.is_verdict}) <= 1 for record in batch["records"]]
     sizes = [len(record.grades) for record in batch["records"]]
     staleness = (trainer_version - batch["policy_version"]).float()
     outcomes = Counter(grade.outcome for grade in grades)
     verdicts = [grade.terms for grade in grades if grade.is_verdict]
-    terms = {name: sum(its.get(name, 0.0) for its in verdicts) / len(verdicts) for its in verdicts for name in its}
+    names = dict.fromkeys(name for its in verdicts for name in its)  # each once
+    terms = {name: sum(its.get(name, 0.0) for its in verdicts) / len(verdicts) for name in names}
 
     def share(outcome: str) -> float:
         return outcomes[outcome] / len(grades)

@@ -17,6 +17,7 @@ from types import ModuleType
 from grpo.errors import ConfigError, RewardError
 
 OUTCOMES = ("correct", "wrong", "unparseable", "timed_out", "grader_error")
+NO_VERDICT = ("timed_out", "grader_error")  # those that say nothing about the response
 
 LARGEST = 3.4028234663852886e38  # of float32, which rewards and advantages are kept in
 
@@ -44,7 +45,7 @@ class Grade:
     @property
     def is_verdict(self) -> bool:
         """Whether it says something about the response; without one, the response teaches nothing."""
-        return self.outcome not in ("timed_out", "grader_error")
+        return self.outcome not in NO_VERDICT
 
 
 def load_reward_function(spec: str) -> RewardFunction:

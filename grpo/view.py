@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from grpo.config import RunConfig
 from grpo.errors import DataError, one_line
 from grpo.resume import read_config, write_whole
-from grpo.rewards import OUTCOMES
+from grpo.rewards import NO_VERDICT, OUTCOMES
 from grpo.tool import check_out, find_run, run_tool, split_arguments, whole_number
 
 if TYPE_CHECKING:
@@ -47,11 +47,13 @@ class Step:
     """What there is of a step in rollouts.jsonl, whether the page has it or not."""
 
     outcomes: Counter = field(default_factory=Counter)
-    rewards: float = 0.0
+    rewards: float = 0.0  # the sum of those with a verdict
 
     def row(self, step: int) -> dict:
         count = self.outcomes.total()
-        return {"step": step, "count": count, "reward": self.rewards / count, "outcomes": dict(self.outcomes)}
+        judged = count - sum(self.outcomes[outcome] for outcome in NO_VERDICT)
+        reward = self.rewards / judged if judged else None
+        return {"step": step, "count": count, "reward": reward, "outcomes": dict(self.outcomes)}
 
 
 @dataclass
@@ -80,7 +82,7 @@ def scan(path: Path) -> tuple[dict[int, Step], list[Group]]:
                 if row["outcome"] not in OUTCOMES:
                     raise ValueError(f"there is no outcome {row['outcome']}")
                 steps[step].outcomes[row["outcome"]] += 1
-                steps[step].rewards += row["reward"]
+                steps[step].rewards += row["reward"] * (row["outcome"] not in NO_VERDICT)
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(f"{path}:{i} is no line of a run's rollouts: {one_line(error)}") from None
             if not groups or (groups[-1].step, groups[-1].group_id) != (step, group_id):

@@ -12,6 +12,7 @@ const OUTCOMES = {
   timed_out: ["…", "timed out"],
   grader_error: ["!", "grader error"],
 };
+const NO_VERDICT = ["timed_out", "grader_error"]; // whose rewards say nothing: no mean has them
 const PER_RESPONSE = 1, PER_TOKEN = 2;
 const at = (id) => document.getElementById(id);
 const chunks = new Map();
@@ -190,8 +191,9 @@ function groupElement(group, matching, tokens) {
   const element = make("article", "group");
   element.tabIndex = -1;
   const rewards = group.responses.map((response) => response.reward);
-  const mean = rewards.reduce((sum, reward) => sum + reward, 0) / rewards.length;
-  const spread = Math.sqrt(rewards.reduce((sum, reward) => sum + (reward - mean) ** 2, 0) / Math.max(1, rewards.length - 1));
+  const judged = group.responses.filter((response) => !NO_VERDICT.includes(response.outcome)).map((response) => response.reward);
+  const mean = judged.reduce((sum, reward) => sum + reward, 0) / judged.length;
+  const spread = Math.sqrt(judged.reduce((sum, reward) => sum + (reward - mean) ** 2, 0) / Math.max(1, judged.length - 1));
   const right = group.responses.filter((response) => response.outcome === "correct").length;
 
   const head = make("header"), words = make("div"), numbers = make("dl", "figures");
@@ -200,8 +202,8 @@ function groupElement(group, matching, tokens) {
   words.append(make("p", "where", `Step ${group.step} · group ${group.group_id}`), make("h2", "prompt", group.prompt), expected);
   numbers.append(...figures([
     ["correct", `${right} of ${rewards.length}`],
-    ["mean reward", number(mean)],
-    ["std", number(spread)],
+    ["mean reward", judged.length ? number(mean) : "none"],
+    ["std", judged.length ? number(spread) : "none"],
   ]));
   head.append(words, numbers);
 
@@ -391,7 +393,7 @@ function sync() {
   at("following").disabled = beside(1) === index;
   at("of-step").replaceChildren(...figures([
     ["correct", `${number((100 * (step.outcomes.correct ?? 0)) / step.count, 1)}%`],
-    ["mean reward", number(step.reward, 3)],
+    ["mean reward", step.reward === null ? "none" : number(step.reward, 3)],
     ["responses", count(step.count)],
   ]));
   at("here").setAttribute("x", index);

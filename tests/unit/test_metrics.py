@@ -101,6 +101,38 @@ def test_a_group_is_equal_by_its_rewards_whatever_the_verdicts():
     assert rollout_metrics(rollouts, 5)["rollout/equal_groups"] == 0.5
 
 
+def test_a_response_without_a_verdict_makes_no_group_unequal():
+    rollouts, late = batch(), Grade({}, "timed_out", None)
+    rollouts["records"][0].grades[:] = [grade(0.5, "correct", "2"), late]
+    assert rollout_metrics(rollouts, 5)["rollout/equal_groups"] == 1
+    rollouts["records"][1].grades[:] = [late, late]  # it teaches nothing either
+    assert rollout_metrics(rollouts, 5)["rollout/equal_groups"] == 1
+
+
+class Counted(float):
+    """A number that counts how often one is added to it."""
+
+    additions = 0
+
+    def __radd__(self, other: float) -> float:
+        Counted.additions += 1
+        return float(self) + other
+
+
+def test_the_mean_of_a_term_is_made_once():
+    grades = [Grade({"format": Counted(0.5), "exact": Counted(i % 2)}, "wrong", None) for i in range(256)]
+    rollouts = TensorDict(
+        {key: torch.ones(256) for key in ("reward", "advantage", "response_length", "policy_version", "stopped")}
+        | {"graded": torch.ones(256, dtype=torch.bool)},
+        batch_size=[256],
+    ).set_non_tensor("records", [GroupRecord("1+1", "2", ["3"] * 256, grades)])
+    before = sum(grade.reward for grade in grades)
+    Counted.additions = 0
+    metrics = rollout_metrics(rollouts, 5)
+    assert (metrics["rollout/term_format"], metrics["rollout/term_exact"], before) == (0.5, 0.5, 256.0)
+    assert Counted.additions <= 4 * 256  # two terms a response, for the means and for its reward
+
+
 def test_the_penalty_is_among_them_where_there_is_one():
     rollouts = batch()
     rollouts["kl_penalty"] = torch.tensor([0.0, 0.2, 0.4, 0.6])

@@ -155,6 +155,19 @@ def test_the_step_that_a_page_opens_at_has_a_group_in_it_however_few_there_are(t
     assert chunk_of(page, "texts-40")[-1]["group_id"] == 81
 
 
+def late_run(run_dir: Path) -> Path:
+    """A step with responses with and without a verdict, and one with none."""
+    verdicts = [(1, "correct", 1.0), (1, "wrong", 0.2), (1, "timed_out", 0.0), (1, "grader_error", 0.0)]
+    verdicts += [(2, "timed_out", 0.0)] * 2
+    return write_run(run_dir, [line(step, step, i, "x", *verdict, None) for i, (step, *verdict) in enumerate(verdicts)])
+
+
+def test_responses_without_a_verdict_are_in_no_mean(tmp_path):
+    first, second = meta_of(view.page(late_run(tmp_path / "run")))["steps"]
+    assert (first["count"], first["reward"]) == (4, pytest.approx(0.6))
+    assert (second["count"], second["reward"]) == (2, None)
+
+
 def test_a_line_that_is_just_being_written_is_left_out_and_a_broken_one_is_named(tmp_path):
     run = small_run(tmp_path / "run")
     with open(run / "rollouts.jsonl", "a") as file:
@@ -350,6 +363,15 @@ def test_a_filter_at_the_reward_that_is_shown_keeps_it(tmp_path, chromium, rewar
     ]:
         open_run(chromium, run, fragment)
         assert texts(chromium, ".response > header .number")[::2] == shown
+
+
+@needs_chromium
+def test_a_groups_figures_are_those_of_its_verdicts(tmp_path, chromium):
+    run, figures = late_run(tmp_path / "run"), "#of-step dd, .group > header dd"
+    open_run(chromium, run, "step=1")  # of 1 and 0.2: their mean, and sqrt(0.16 + 0.16)
+    assert texts(chromium, figures) == ["25.0%", "0.600", "4", "1 of 4", "0.60", "0.57"]
+    open_run(chromium, run, "step=2")
+    assert texts(chromium, figures) == ["0.0%", "none", "2", "0 of 2", "none", "none"]
 
 
 @needs_chromium
