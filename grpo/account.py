@@ -21,23 +21,26 @@ class Stopwatches:
 
 
 def make_account(
-    phases_s: dict[str, float], wall_s: float, num_engines: int, num_ranks: int, steps_per_push: int
+    phases_s: dict[str, float], wall_s: float, engine_devices: int, num_ranks: int, steps_per_push: int
 ) -> dict[str, float]:
     """Busy shares of `wall_s` seconds of training, in [0, 1], and what they recommend.
 
     phases_s: seconds that an engine sampled (`generate`, the mean over engines), the trainer trained (`train`) and waited
     for data (`wait`), and pushes took (`push`). A device that both could use is best given so that engines and ranks need
-    as long: `inference_devices` is the engines' share of the device seconds of the two.
+    as long: `inference_devices` is the engines' share of the device seconds of the two. An engine may have several of the
+    `engine_devices`. Pushes that take the share p, made r times rarer, take (p / r) / (1 - p + p / r): at most
+    MOST_PUSHING = m from r = p (1 - m) / (m (1 - p)) on.
     """
-    sampling, training = phases_s["generate"] * num_engines, phases_s["train"] * num_ranks
+    sampling, training = phases_s["generate"] * engine_devices, phases_s["train"] * num_ranks
     pushing = phases_s["push"] / wall_s
+    rarer = math.ceil(pushing * (1 - MOST_PUSHING) / (MOST_PUSHING * (1 - pushing)))
     return {
         "engines_busy": min(1.0, phases_s["generate"] / wall_s),
         "trainer_busy": phases_s["train"] / wall_s,
         "waiting_for_data": phases_s["wait"] / wall_s,
         "pushing": pushing,
         "inference_devices": sampling / (sampling + training),
-        "weight_update_frequency": steps_per_push * max(1, math.ceil(pushing / MOST_PUSHING)),
+        "weight_update_frequency": steps_per_push * max(1, rarer),
     }
 
 

@@ -89,7 +89,7 @@ class OfflineRun(Session):
     def _fingerprint(self) -> str:
         return self.train.fingerprint
 
-    def _account(self, summary: dict) -> dict:
+    def _account(self, summary: dict, training_s: float) -> dict:
         return {"phases_s": {"train": summary["phases_s"]["train"]}}
 
     def _judged(self, before: dict[str, float], after: dict[str, float]) -> str:

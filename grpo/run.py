@@ -170,7 +170,7 @@ class Run(Session):
     def _fingerprint(self) -> str:
         return fingerprint(self.data)
 
-    def _account(self, summary: dict) -> dict:
+    def _account(self, summary: dict, training_s: float) -> dict:
         if self._grading_restarts:
             summary["restarts"]["grading"] = summary["restarts"].get("grading", 0) + self._grading_restarts
         return {"policy_version": self.progress.policy_version}

@@ -223,14 +223,18 @@ class AsyncRun(Run):
         self._ask({name: actor.end.remote() for name, actor in self.collectors.items()}, "ending")
         super().finish()
 
-    def _account(self, summary: dict) -> dict:
+    def _account(self, summary: dict, training_s: float) -> dict:
         self._count_work()
         summary["phases_s"] |= {name: round(self.clock.total[name], 3) for name in ("generate", "reward", "reference")}
-        ranks, wall_s = self.config.train_model.num_devices, self._training_clock() - self.started_s
-        here = {name: s - self.progress.phases_s.get(name, 0.0) for name, s in summary["phases_s"].items()}
-        account = make_account(here, wall_s, len(self.engines.by_name), ranks, self.config.steps_per_push)
+        found, before = super()._account(summary, training_s), self.progress
+        here = {name: s - before.phases_s.get(name, 0.0) for name, s in self.clock.total.items()}
+        if here["train"] == 0:  # it went on with a run whose training was over
+            return found
+        ranks = self.config.train_model.num_devices
+        engine_devices = len(self.engines.by_name) * self.config.inference_model.tensor_parallel_size
+        account = make_account(here, training_s - before.training_s, engine_devices, ranks, self.config.steps_per_push)
         print(f"\n{describe(account)}")
-        return super()._account(summary) | {"account": account}
+        return found | {"account": account}
 
     @property
     def _grading_restarts(self) -> int:

@@ -91,8 +91,8 @@ class Session(ABC):
         """Of the data: a resumed run must have the same."""
 
     @abstractmethod
-    def _account(self, summary: dict) -> dict:
-        """What the run has to add to summary.json."""
+    def _account(self, summary: dict, training_s: float) -> dict:
+        """What the run has to add to summary.json after `training_s`, which is `_training_s` when training ended."""
 
     @abstractmethod
     def _judged(self, before: dict[str, float], after: dict[str, float]) -> str:
@@ -174,7 +174,7 @@ class Session(ABC):
             "phases_s": {name: round(s, 3) for name, s in self.clock.total.items() if name not in ("eval", "checkpoint")},
             "restarts": self.supervisor.restarts,
         }
-        summary |= self._account(summary)
+        summary |= self._account(summary, training_s)
         write_whole(self.run_dir / SUMMARY, json.dumps(summary, indent=2) + "\n")
         plot_run(self.run_dir)
         print(

@@ -1,5 +1,6 @@
 """What a dead engine or collector had in hand is sampled again, and nothing else is; how long a batch is waited for."""
 
+import json
 from concurrent.futures import Future
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from grpo.replay import GroupBuffer
 from grpo.run import Progress, Run
 from grpo.run_async import AsyncRun
 from grpo.run_sync import SyncRun
+from grpo.session import Session
 
 
 class Engines:
@@ -206,28 +208,65 @@ def working(monkeypatch):
     run = AsyncRun.__new__(AsyncRun)
     run.clock, run.stopwatches, run.busy = Clock(), Stopwatches(), {"engine 0": 40.0, "engine 1": 60.0}
     before = {"generate": 400.0, "reward": 4.0, "reference": 0.0, "train": 900.0, "wait": 90.0, "push": 9.0}
-    run.progress = Progress(phases_s=before)
-    run.clock.total |= before
+    run.progress = Progress(num_steps=8, samples_trained=64, training_s=1000.0, phases_s=before)
+    run.clock.total |= before | {"train": 960.0, "wait": 130.0, "push": 10.0}
     run.config = SimpleNamespace(
-        ray=SimpleNamespace(timeout_s=1.0), train_model=SimpleNamespace(num_devices=1), steps_per_push=1
+        ray=SimpleNamespace(timeout_s=1.0),
+        train_model=SimpleNamespace(num_devices=1),
+        inference_model=SimpleNamespace(tensor_parallel_size=1),
+        steps_per_push=1,
     )
     run.engines = SimpleNamespace(busy=lambda: dict(run.busy), by_name=run.busy)
     phases = SimpleNamespace(remote=lambda: {"reward": 2.0, "reference": 1.0})
     restarts = SimpleNamespace(remote=lambda: 0)
     run.grading = SimpleNamespace(restarts=0)
     run.collectors = {"the collector actor": SimpleNamespace(phases=phases, grading_restarts=restarts)}
-    run.started_s, run._training_clock = 0.0, lambda: 100.0
     return run
 
 
 def test_the_account_is_of_this_processs_time_alone_and_the_summary_of_the_whole_run(working):
     summary = {"phases_s": {"train": 960.0, "wait": 130.0, "push": 10.0}, "restarts": {}}
-    told = working._account(summary)["account"]
+    told = working._account(summary, 1100.0)["account"]
     assert (told["trainer_busy"], told["waiting_for_data"], told["pushing"]) == (0.6, 0.4, 0.01)
-    assert told["engines_busy"] == 0.5
+    assert (told["engines_busy"], told["inference_devices"]) == (0.5, 100 / 160)  # 2 engines for 50 s, a rank for 60 s
     assert summary["phases_s"] == {
         "train": 960.0, "wait": 130.0, "push": 10.0, "generate": 450.0, "reward": 6.0, "reference": 1.0
     }  # fmt: skip
+
+
+def test_an_engine_of_several_gpus_counts_for_each_of_them(working):
+    working.config.inference_model.tensor_parallel_size = 3
+    told = working._account({"phases_s": {}, "restarts": {}}, 1100.0)["account"]
+    assert told["inference_devices"] == 300 / 360
+
+
+def test_a_process_that_trained_nothing_more_has_no_account(working, capsys):
+    working.clock.total |= working.progress.phases_s | {"train": 900.1234567, "push": 9.7654321}
+    working.progress.phases_s = dict(working.clock.total)
+    summary = {"phases_s": {"train": 900.123, "push": 9.765}, "restarts": {}}
+    assert working._account(summary, 1000.5) == {"policy_version": 0}
+    assert summary["phases_s"]["generate"] == 450.0
+    assert capsys.readouterr().out == ""
+
+
+def test_the_accounts_time_ends_with_training_and_not_with_the_last_checkpoint_and_the_export(
+    working, tmp_path, monkeypatch
+):
+    now = [100.0]
+
+    def takes_long(*arguments: object) -> None:
+        now[0] += 400.0
+
+    monkeypatch.setattr("grpo.session.plot_run", lambda run_dir: None)
+    working.started_s, working._training_clock = 0.0, lambda: now[0]
+    working.run_dir, working.progress.before = tmp_path, {"accuracy": 0.25, "n": 4}
+    working.save = takes_long
+    working.writer, working.trainer = SimpleNamespace(finish=takes_long), SimpleNamespace(export=takes_long)
+    working._test = lambda: {"accuracy": 0.5, "n": 4}
+    working.log, working.supervisor = SimpleNamespace(close=lambda: None), SimpleNamespace(restarts={})
+    Session.finish(working)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (now[0], summary["wall_s"], summary["account"]["trainer_busy"]) == (1300.0, 1100.0, 0.6)
 
 
 def test_a_checkpoint_has_what_engines_and_collectors_have_worked_counted_once(working):
