@@ -177,7 +177,8 @@ def page(run_dir: Path, limit: int = ROLLOUTS) -> str:
             rows = [json.loads(line) for line in file.read(group.end - group.start).splitlines()]
             by_step[group.step].append((group, rows))
     every = [row for groups in by_step.values() for _, rows in groups for row in rows]
-    decode = decoder(_tokenizer(run_dir, config)) if all("tokens" in row for row in every) else None
+    with_tokens = [row for row in every if "tokens" in row]  # logging.rollout_tokens may change where a run is gone on with
+    decode = decoder(_tokenizer(run_dir, config)) if with_tokens else None
     chunks: dict[str, Any] = {}
     for step, groups_of_step in by_step.items():
         chunks[f"texts-{step}"] = [
@@ -185,23 +186,40 @@ def page(run_dir: Path, limit: int = ROLLOUTS) -> str:
             | {"responses": [{key: row[key] for key in SHOWN if key in row} for row in rows]}
             for i, (group, rows) in enumerate(groups_of_step)
         ]
-        if decode is not None:
+        if all("tokens" in row for _, rows in groups_of_step for row in rows):
             chunks[f"tokens-{step}"] = step_tokens([rows for _, rows in groups_of_step], decode)
     all_rollouts, num_rollouts = sum(group.size for group in groups), len(every)
     versions = [version for row in every for version in row.get("token_versions", [row["policy_version"]])]
     meta = {
         "run": "/".join(run_dir.resolve().parts[-2:]),
-        "facts": [config.env.dataset, config.model.name, config.mode, f"{len(steps)} steps", f"{all_rollouts:,} responses"],
+        "facts": [
+            config.env.dataset,
+            config.model.name,
+            config.mode,
+            f"up to step {max(steps)}",
+            f"{all_rollouts:,} responses",
+        ],
         "rollouts": num_rollouts,
         "all_rollouts": all_rollouts,
-        "tokens": decode is not None,
-        "clip": [config.objective.clip_low, config.objective.clip_high],
+        "tokens": bool(with_tokens),
+        "clip": _clip(config),
         "largest_advantage": max(abs(row["advantage"]) for row in every) or 1.0,
-        "difference_scale": _difference_scale(every) if decode is not None else None,
+        "difference_scale": _difference_scale(with_tokens) if with_tokens else None,
         "versions": [min(versions), max(versions)],
         "steps": [found.row(step) for step, found in sorted(steps.items())],
     }
     return _fill(f"{meta['run']} · rollouts", meta, chunks)
+
+
+def _clip(config: RunConfig) -> list[float] | None:
+    """How far below and above 1 the loss clips the ratio of a token's probability when trained on to that when sampled.
+
+    None where it clips another ratio, a response's or one to the policy that first trained on the batch, or none.
+    """
+    objective = config.objective
+    if objective.policy_loss not in ("clip", "cispo") or config.train.is_correction != "none":
+        return None
+    return [objective.clip_low, objective.clip_high]
 
 
 def _tokenizer(run_dir: Path, config: RunConfig) -> "PreTrainedTokenizerBase":

@@ -70,6 +70,8 @@ async function inflate(base64) {
 // ---- Colours: a value a token (or a response), and how far along its scale that is
 
 const exp = (x) => (x === null ? null : Math.exp(x));
+/** Where the scale of the ratio's logarithm ends, above 0 or below it: where it is clipped, if it is. */
+const ratioEnd = (log) => (meta.clip === null ? meta.difference_scale : log < 0 ? -Math.log(1 - meta.clip[0]) : Math.log(1 + meta.clip[1]));
 const signed = (share) => [share < 0 ? "below" : "above", Math.min(1, Math.abs(share))];
 
 const COLOURS = {
@@ -85,9 +87,9 @@ const COLOURS = {
     needs: PER_TOKEN,
     shade: (_, tokens, i) => {
       const log = tokens.difference[i];
-      return log === null ? null : signed(log / (log < 0 ? -Math.log(1 - meta.clip[0]) : Math.log(1 + meta.clip[1])));
+      return log === null ? null : signed(log / ratioEnd(log));
     },
-    legend: () => ["two", number(1 - meta.clip[0]), number(1 + meta.clip[1]), "probability when trained on over that when sampled; underlined: outside the clip range"],
+    legend: () => ["two", number(Math.exp(-ratioEnd(-1))), number(Math.exp(ratioEnd(1))), `probability when trained on over that when sampled; ${meta.clip === null ? "the scale ends at this run's 99th percentile" : "underlined: outside the clip range"}`],
   },
   difference: {
     label: "log-prob difference",
@@ -123,8 +125,9 @@ function drawLegend() {
     const [kind, low, high, words] = colour.legend();
     legend.append(make("span", "", low), make("span", `bar ${kind}`), make("span", "", high), make("span", "", words));
   }
-  if (!meta.tokens)
-    legend.append(make("span", "note", "This run did not keep its rollouts' tokens: with logging.rollout_tokens=true they are coloured one by one, also by ratio and log-prob."));
+  const here = !state.everywhere && at(`texts-${state.step}`) && !at(`tokens-${state.step}`);
+  if (!meta.tokens || here)
+    legend.append(make("span", "note", `This ${meta.tokens ? "step" : "run"} did not keep its rollouts' tokens: with logging.rollout_tokens=true they are coloured one by one, also by ratio and log-prob.`));
 }
 
 /** A response's text as elements, coloured as `state` says; `tokens` is null where the page has none. */
@@ -149,7 +152,7 @@ function coloured(response, tokens) {
     if (word.includes("\n")) token.classList.add("newline");
     token.dataset.i = i;
     paint(token, i);
-    if (state.colour === "ratio") {
+    if (state.colour === "ratio" && meta.clip !== null) {
       const ratio = exp(tokens.difference[i]);
       if (ratio !== null && (ratio < 1 - meta.clip[0] || ratio > 1 + meta.clip[1])) token.classList.add("beyond");
     }

@@ -15,6 +15,7 @@ from grpo import tool, view
 from grpo.config import RunConfig
 from grpo.config_sections import EnvConfig, LoggingConfig, ModelConfig, ObjectiveConfig, TrainConfig
 from grpo.errors import ConfigError, DataError
+from grpo.launch import compose
 from grpo.models import load_tokenizer
 from grpo.offline_config import OfflineConfig
 from grpo.resume import write_config
@@ -58,18 +59,27 @@ def write_run(run_dir: Path, lines: list[dict], config: RunConfig = CONFIG) -> P
     return run_dir
 
 
-def small_run(run_dir: Path, with_tokens: bool = False, model_path: str | None = None) -> Path:
-    """3 steps of 2 groups of 2 responses; the second of a group is wrong, that of the last one is hostile."""
-    tokens = None
-    if with_tokens:
-        tokens = load_tokenizer(model_path)("1+1=", add_special_tokens=False)["input_ids"]
+def small_run(
+    run_dir: Path,
+    with_tokens: bool = False,
+    model_path: str | None = None,
+    config: RunConfig = CONFIG,
+    steps: tuple[int, ...] = (1, 2, 3),
+    without: tuple[int, ...] = (),
+) -> Path:
+    """3 steps of 2 groups of 2 responses; the second of a group is wrong, that of the last one is hostile.
+
+    The steps `without` have no tokens whatever the others have.
+    """
+    ids = load_tokenizer(model_path)("1+1=", add_special_tokens=False)["input_ids"] if with_tokens else None
     lines = []
-    for step in (1, 2, 3):
+    for step in steps:
+        tokens = None if step in without else ids
         for group in (2 * step, 2 * step + 1):
             lines.append(line(step, group, 1, f"right {group}", "correct", 1.0, tokens))
             last = group == 7
             lines.append(line(step, group, 2, EVIL if last else "off", "unparseable" if last else "wrong", 0.2, tokens))
-    run = write_run(run_dir, lines)
+    run = write_run(run_dir, lines, config)
     if model_path:
         (run / "model").symlink_to(model_path)
     return run
@@ -106,6 +116,35 @@ def test_tokens_come_with_their_texts_and_columns(tmp_path, model_path):
     tokens = chunk["groups"][1][0]
     assert [chunk["words"][word] for word in tokens["words"]] == ["1", "+", "1", "="]
     assert (tokens["log_prob"], tokens["difference"], tokens["version"]) == (THEN, [0, -0.4, 0.5, 0], VERSIONS)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "clip"),
+    [
+        (["objective=grpo"], [0.2, 0.2]),
+        (["objective=dapo"], [0.2, 0.28]),
+        (["objective=cispo"], [1.0, 4.0]),
+        (["objective=gspo"], None),  # clips the ratio of a response
+        (["objective=rloo"], None),  # clips none
+        (["objective=grpo", "train.is_correction=truncate"], None),  # that to the policy that first trained on the batch
+    ],
+)
+def test_the_clip_range_is_there_where_it_is_of_the_ratio_that_is_shown(tmp_path, overrides, clip):
+    run = small_run(tmp_path / "run", config=compose("grpo_arithmetic", overrides))
+    assert meta_of(view.page(run))["clip"] == clip
+
+
+def test_steps_that_have_tokens_show_them_though_others_have_none(tmp_path, model_path):
+    page = view.page(small_run(tmp_path / "run", True, model_path, without=(1,)))
+    meta = meta_of(page)
+    assert (meta["tokens"], meta["difference_scale"], meta["versions"]) == (True, pytest.approx(0.5), [0, 2])
+    assert [f'id="tokens-{step}"' in page for step in (1, 2, 3)] == [False, True, True]
+    assert len(chunk_of(page, "tokens-2")["groups"]) == 2
+
+
+def test_the_facts_name_the_last_step_and_do_not_count_those_that_have_lines(tmp_path):
+    """With train.epochs=2 the second use of a batch has none."""
+    assert meta_of(view.page(small_run(tmp_path / "run", steps=(1, 3, 5))))["facts"][3] == "up to step 5"
 
 
 def test_a_character_of_several_tokens_belongs_to_the_last_of_them():
@@ -396,6 +435,30 @@ def test_tokens_are_coloured_by_what_is_chosen(tmp_path, model_path, chromium):
     chromium.evaluate("document.querySelectorAll('.token')[1].click()")
     assert texts(chromium, "#tip code") == ['"+"']
     assert texts(chromium, "#tip dd") == ["−0.5000", "−0.9000", "−0.4000", "0.6703", "+1.000", "1"]
+
+
+@needs_chromium
+def test_where_no_ratio_of_a_token_is_clipped_none_is_underlined(tmp_path, model_path, chromium):
+    run = small_run(tmp_path / "run", True, model_path, config=compose("grpo_arithmetic", ["objective=gspo"]))
+    open_run(chromium, run, "step=1&colour=ratio")
+    shades = """[...document.querySelectorAll('.response:first-child .text')[0].children].map(
+        (e) => [e.className, Number(e.style.getPropertyValue('--share'))])"""
+    up, down = "token above", "token below"
+    assert chromium.evaluate(shades) == [[up, 0], [down, 0.8], [up, 1], [up, 0]]  # -0.4 and 0.5 of 0.5
+    low, _, high, words = texts(chromium, "#legend span")
+    assert (low, high) == ("0.61", "1.65")  # exp(-0.5), exp(0.5)
+    assert words.endswith("; the scale ends at this run's 99th percentile")
+
+
+@needs_chromium
+def test_a_step_without_tokens_says_so_among_others_that_have_them(tmp_path, model_path, chromium):
+    run = small_run(tmp_path / "run", True, model_path, without=(1,))
+    for step, tokens, notes in [(1, 0, 1), (2, 16, 0)]:
+        open_run(chromium, run, f"step={step}&colour=ratio")
+        assert len(texts(chromium, ".token")) == tokens
+        assert len(texts(chromium, "#legend .note")) == notes
+    open_run(chromium, run, "step=1")
+    assert texts(chromium, "#legend .note")[0].startswith("This step did not keep its rollouts' tokens: with logging.")
 
 
 @needs_chromium
