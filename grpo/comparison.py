@@ -134,4 +134,4 @@ def _cell(value: float, interval: Interval | None, scale: int, width: int, sign:
     """`96.3% [94.9, 97.3]` for a share (scale 100), `0.963 [0.949, 0.973]` for a reward."""
     form, unit = (f"{sign}.1f", "%" if not sign else "") if scale == 100 else (f"{sign}.3f", "")
     ends = "" if interval is None else " [" + ", ".join(f"{scale * end:{form}}" for end in interval) + "]"
-    return f"{f'{scale * value:{form}}{unit}{ends}':<{width}}"
+    return f"{f'{scale * value:{form}}{unit}{ends}':<{width - 2}}  "

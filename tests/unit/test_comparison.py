@@ -1,5 +1,7 @@
 """From verdicts to the figures of a comparison, by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from grpo.comparison import Answers, improvements, table
@@ -81,3 +83,10 @@ def test_the_table_has_the_models_and_their_difference():
 
 def test_the_table_of_texts_alone_has_their_lengths():
     assert table({"model": answers(None, None).metrics()}, {}, 8).split() == ["mean", "length", "model", "3.5"]
+
+
+def test_a_reward_wider_than_its_column_does_not_run_into_the_next_one():
+    large = Grade({"x": -123456.789}, "wrong", "5")
+    found = answers(large, large, replace(large, terms={"x": -98765.432})).metrics()
+    cell, length = table({"model": found}, {}, 0).splitlines()[1].rsplit("  ", 1)
+    assert (cell[-1], length) == ("]", "4.0")
