@@ -133,8 +133,8 @@ def decoder(tokenizer: "PreTrainedTokenizerBase") -> Callable[[list[int]], str]:
 
 
 def chunk(value: Any) -> str:
-    """JSON as the page unpacks it."""
-    packed = gzip.compress(json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(), 6, mtime=0)
+    """JSON as the page unpacks it, in ASCII: half of a character, which a text may have, is none in UTF-8."""
+    packed = gzip.compress(json.dumps(value, separators=(",", ":")).encode(), 6, mtime=0)
     return base64.b64encode(packed).decode()
 
 

@@ -135,7 +135,7 @@ def _problem(row: dict, where: str) -> Problem:
     row = with_text(row, "answer")
     (question,) = text_fields(row, ("problem",), where)
     if isinstance(row.get("answer"), str):
-        answer, solution = row["answer"].strip(), str(row.get("solution") or "")
+        (answer,), solution = text_fields(row, ("answer",), where), str(row.get("solution") or "")
         answer = last_boxed(answer) or _bare(answer)
     else:
         (solution,) = text_fields(row, ("solution",), where)

@@ -178,6 +178,7 @@ def test_rows_with_a_solution_or_an_answer_are_problems(tmp_path):
         ({"problem": "P", "answer": r"\frac{1"}, r"rows.jsonl:2: its answer is not one whole expression"),
         ({"problem": "P", "answer": "x ="}, r"rows.jsonl:2: its answer is not one whole expression"),
         ({"problem": "P", "answer": r"\begin{cases} 1"}, r"rows.jsonl:2: its answer is not one whole expression"),
+        ({"problem": "P", "answer": "x\ud83d"}, r"rows.jsonl:2: answer \('x\\ud83d'\) has half of a character, which no"),
         ({"problem": "P", "answer": "1" * 1001}, r"rows.jsonl:2: needs a text answer, .* of 1 to 1000 characters"),
     ],
 )

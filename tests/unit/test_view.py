@@ -147,6 +147,12 @@ def test_the_facts_name_the_last_step_and_do_not_count_those_that_have_lines(tmp
     assert meta_of(view.page(small_run(tmp_path / "run", steps=(1, 3, 5))))["facts"][3] == "up to step 5"
 
 
+def test_half_of_a_character_is_in_the_page_as_it_is(tmp_path):
+    row = line(1, 1, 1, "你 \ud83d", "wrong", 0.2, None) | {"answer": "\udc00"}
+    (group,) = chunk_of(view.page(write_run(tmp_path / "run", [row])), "texts-1")
+    assert (group["responses"][0]["response"], group["answer"]) == ("你 \ud83d", "\udc00")
+
+
 def test_a_character_of_several_tokens_belongs_to_the_last_of_them():
     letters = {1: b"a", 2: b"\xe4\xbd", 3: b"\xa0", 4: b" b", 5: b"\xff"}
 
