@@ -51,7 +51,10 @@ class Doctor:
         yield "weight push", self.push
 
     def installation(self) -> str:
-        name = "requirements_ifeval.txt" if shutil.which("nvidia-smi") else "requirements_cpu.txt"
+        has_gpu = shutil.which("nvidia-smi")
+        name, flag = (
+            ("requirements_ifeval.txt", "") if has_gpu else ("requirements_cpu.txt", "--no-deps ")
+        )  # as the Makefile
         pins, wrong = dict(read_pins(ROOT / name)), []
         for package, pinned in pins.items():
             try:
@@ -62,7 +65,7 @@ class Doctor:
                 wrong.append(f"{package} {pinned} ({found} is there)")
         if wrong:
             more = f" and {len(wrong) - 5} more" * (len(wrong) > 5)
-            raise ConfigError(f"{name} has {', '.join(wrong[:5])}{more}: make setup, or pip install -r {name}")
+            raise ConfigError(f"{name} has {', '.join(wrong[:5])}{more}: make setup, or pip install {flag}-r {name}")
         return f"Python {sys.version.split()[0]} and the {len(pins)} packages of {name}"
 
     def devices(self) -> str:

@@ -40,6 +40,17 @@ def test_another_version_and_a_missing_package_are_named(patient, tmp_path, monk
         patient.installation()
 
 
+@pytest.mark.parametrize(
+    ("smi", "remedy"), [(None, "--no-deps -r requirements_cpu.txt"), ("", "-r requirements_ifeval.txt")]
+)
+def test_the_cpus_lock_file_is_installed_as_it_stands(patient, tmp_path, monkeypatch, smi, remedy):
+    monkeypatch.setattr(doctor, "ROOT", tmp_path)
+    monkeypatch.setattr(shutil, "which", lambda name: smi if smi is None else f"/usr/bin/{name}")
+    (tmp_path / remedy.split()[-1]).write_text("no-such-package==1.0\n")
+    with pytest.raises(ConfigError, match=rf": make setup, or pip install {remedy}$"):
+        patient.installation()
+
+
 def test_too_little_room_is_said_with_what_to_do(patient, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 64 << 20))
     with pytest.raises(ConfigError, match=r"0.1 GiB are free here.*hydra.run.dir"):
