@@ -40,6 +40,7 @@ from grpo.tool import split_arguments
 
 ROOT = DOCS.parent
 PAGES = [*ROOT.glob("*.md"), *DOCS.glob("*.md")]
+PEERS = ROOT / "README.md", DOCS / "failed_experiments.md"
 PROGRAMS = ("python", ".venv/bin/python", "make", "pip", "sbatch", "tensorboard", "vllm")
 DEFAULTS = {"sync": "grpo_gsm8k", "async": "grpo_gsm8k", "offline": "grpo_offline"}
 
@@ -399,6 +400,12 @@ def test_the_commits_that_are_named_are_those_of_the_results():
         files = (ROOT / "benchmarks" / "results").glob(f"{name}.json")
         results[name] = {json.loads(file.read_text())["machine"]["commit"] for file in files}
     assert results == {name: {commit} for name, commit in named.items()} and "learning" in results
+
+
+def test_the_ratio_to_the_peer_is_the_measured_one_on_both_pages():
+    ratio = f"{json.loads((ROOT / 'benchmarks' / 'results' / 'peers_builtin.json').read_text())['ratio']:.2f}"
+    said = [re.search(r"^\| .*TRL.*built-in model[^|]*\| (\d\.\d\d) ", page.read_text(), re.MULTILINE)[1] for page in PEERS]
+    assert said == [ratio, ratio]
 
 
 def test_the_results_that_are_shown_are_those_that_were_measured():
