@@ -22,7 +22,7 @@ from grpo import tasks
 from grpo.config_sections import EnvConfig
 from grpo.errors import ConfigError, DataError
 from grpo.grading import Failed, GradingPool, grading_pool
-from grpo.rewards import OUTCOMES, Grade
+from grpo.rewards import OUTCOMES, Grade, load_reward_function
 from grpo.tool import check_out, parse_arguments, read_lines, run_tool
 
 LINES = 4096  # that are graded at a time
@@ -110,6 +110,8 @@ def main() -> None:
     source = Path(arguments["responses"])
     if not source.is_file():
         raise ConfigError(f"responses ({source}): there is no such file")
+    if config.reward_fn:
+        load_reward_function(config.reward_fn)  # so that what is missing is said before anything starts
     grades, problems = grade_file(config, source, Path(arguments["out"]) if "out" in arguments else None)
     for problem in problems:
         print(problem, file=sys.stderr)

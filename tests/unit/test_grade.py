@@ -8,7 +8,7 @@ import pytest
 
 from grpo.config_sections import EnvConfig
 from grpo.errors import ConfigError, DataError
-from grpo.grade import grade_file, summary
+from grpo.grade import grade_file, main, summary
 from grpo.rewards import Grade
 from grpo.tasks import grader, names, row_problem
 from grpo.tool import parse_arguments
@@ -84,6 +84,22 @@ def test_a_shape_and_a_function_give_the_reward(tmp_path):
         (6, "correct"),
         (6, "wrong"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("none.py", r"env.reward_fn \(.*/none.py:score\): there is no file .*/none.py"),
+        ("mine.py", r"env.reward_fn \(.*\): importing .*/mine.py raised ValueError: mine \(.*/mine.py:1\)"),
+    ],
+)
+def test_a_function_that_is_not_there_is_said_before_anything_starts(file, message, tmp_path, monkeypatch):
+    write(tmp_path / "in.jsonl", [{"response": "#### 4", "answer": "4"}])
+    (tmp_path / "mine.py").write_text('raise ValueError("mine")\n')
+    monkeypatch.setattr("grpo.grade.grading_pool", None)
+    monkeypatch.setattr(sys, "argv", ["grade", f"responses={tmp_path}/in.jsonl", f"env.reward_fn={tmp_path}/{file}:score"])
+    with pytest.raises(ConfigError, match=rf"^{message}$"):
+        main()
 
 
 @pytest.mark.parametrize(
