@@ -104,42 +104,41 @@ def judge(
 ) -> Answers:
     """The verdicts on the greedy `texts` of `completions`, and on the texts `sampled`, k a question.
 
+    A user's function gives the rewards of the greedy ones. Of the samples nothing but the outcomes is told.
     thought: what the prompts have opened, see `tasks.opened_thought`.
     """
     mine = [i for i, question in enumerate(questions) if question.graded]
     problems = [questions[i].problem for i in mine]
     grades: list[Grade | None] = [None] * len(questions)
     samples: list[list[Grade]] = [[] for _ in questions]
-    for i, (grade,) in zip(mine, graded(pool, problems, [[texts[i]] for i in mine], thought), strict=True):
+    for i, grade in zip(mine, graded(pool, problems, [texts[i] for i in mine], thought), strict=True):
         grades[i] = grade
     k = len(sampled) // len(questions)
-    if k:
-        groups = [sampled[i * k : (i + 1) * k] for i in mine]
-        for i, group in zip(mine, graded(pool, problems, groups, thought), strict=True):
-            samples[i] = group
+    asked = [(problem, thought + sampled[i * k + j]) for i, problem in zip(mine, problems, strict=True) for j in range(k)]
+    verdicts = pool.grade([problem for problem, _ in asked], [text for _, text in asked])
+    for n, i in enumerate(mine):
+        samples[i] = verdicts[n * k : (n + 1) * k]
     return Answers(texts, completions.length.tolist(), completions.stopped.tolist(), grades, samples)
 
 
-def graded(pool: GradingPool, problems: list[tasks.Problem], responses: list[list[str]], thought: str) -> list[list[Grade]]:
-    """The verdicts on each problem's responses; with a user's function its rewards, a call a problem.
+def graded(pool: GradingPool, problems: list[tasks.Problem], responses: list[str], thought: str) -> list[Grade]:
+    """The verdict on each problem's response; with a user's function its reward, a call a problem.
 
-    Where that fails, the verdicts stay, the rewards are 0, and it is told: what it is called with may be one response, or
-    other ones than a run would have.
+    Where that fails, the verdict stays, the reward is 0, and it is told: what it is called with is one response, where a run
+    has a group.
     """
-    asked = [problem for problem, texts in zip(problems, responses, strict=True) for _ in texts]
-    grades = iter(pool.grade(asked, [thought + text for texts in responses for text in texts]))
-    groups = [[next(grades) for _ in texts] for texts in responses]
+    grades = pool.grade(problems, [thought + text for text in responses])
     if pool.reward_function is None:
-        return groups
-    pairs = list(zip(problems, responses, strict=True))
-    found = pool.reward([([p.question] * len(texts), texts, [p.answer] * len(texts)) for p, texts in pairs])
+        return grades
+    pairs = zip(problems, responses, strict=True)
+    found = pool.reward([([problem.question], [text], [problem.answer]) for problem, text in pairs])
     failed = [its for its in found if isinstance(its, Failed)]
     if failed:
         print(f"Warning: {len(failed)} of {len(found)} calls failed, and their rewards are 0: {failed[0].note}", flush=True)
-    return [[_rewarded(grade, its, i) for i, grade in enumerate(group)] for group, its in zip(groups, found, strict=True)]
+    return [_rewarded(grade, its) for grade, its in zip(grades, found, strict=True)]
 
 
-def _rewarded(grade: Grade, rewards: list[float] | Failed, i: int) -> Grade:
+def _rewarded(grade: Grade, rewards: list[float] | Failed) -> Grade:
     if isinstance(rewards, Failed):
         return replace(grade, terms={"reward_fn": 0.0}, note=grade.note or rewards.note)
-    return replace(grade, terms={"reward_fn": rewards[i]})
+    return replace(grade, terms={"reward_fn": rewards[0]})

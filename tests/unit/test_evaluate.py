@@ -282,13 +282,16 @@ def test_a_thought_that_the_prompts_open_is_judged_with_the_responses():
 
 
 def test_a_users_function_gives_the_rewards_and_the_task_the_outcomes():
+    calls = []
+
     def length(prompts: list[str], responses: list[str], answers: list[str]) -> list[float]:
+        calls.append((prompts, responses, answers))
         return [10 * len(prompts) + len(response) for response in responses]
 
     found = judge([Question(Problem("a", "1"))], said(1), ["1"], ["1", "22"], pool=DirectGrading(Same(), length))
     assert (found.rewards, found.right) == ([11], [True])
-    assert [grade.reward for grade in found.samples[0]] == [21, 22]  # one call for a problem's k samples
     assert [grade.outcome for grade in found.samples[0]] == ["correct", "wrong"]
+    assert calls == [(["a"], ["1"], ["1"])]  # of samples, whose rewards nobody is told, it is not asked
 
 
 def test_where_a_users_function_fails_the_verdicts_stay_and_it_is_told(capsys):
