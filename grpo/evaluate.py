@@ -174,7 +174,7 @@ def evaluate(typed: list[str]) -> dict:
         check_files(model)
     if env.reward_fn:
         load_reward_function(env.reward_fn)  # so that what is missing is said before anything starts
-    task = tasks.load(env)
+    task = tasks.without_data(env) if "prompts" in arguments else tasks.load(env)
     if "prompts" not in arguments:
         asked = [Question(problem) for problem in task.problems("test")[: env.test_size]]
     asked = fair_sample(asked, limit)

@@ -151,7 +151,7 @@ def asker(config: RunConfig, model: str, temperature: float) -> Iterator[Asker]:
     device, path = engine_device(config), builtin.resolve(model, config.model.cache_dir)
     check_positions(config, read_model_config(path))
     inference = config.inference_model
-    task, grader, tokenizer = tasks.load(config.env), tasks.grader(config.env), load_tokenizer(path)
+    task, grader, tokenizer = tasks.without_data(config.env), tasks.grader(config.env), load_tokenizer(path)
     part = Part(Sampling(1, inference.max_tokens, temperature, inference.top_p), config.seed)
     spec = engine_spec(config, path, device)
     with started(spec, config.ray.start_timeout_s, config.ray.timeout_s) as engine:

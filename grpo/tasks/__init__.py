@@ -36,7 +36,7 @@ class Problem:
 
 
 class Grader(Protocol):
-    """What a task module's `grader` returns."""
+    """What grades the responses of a task, and reads them."""
 
     def grade(self, problem: Problem, response: str) -> Grade:
         """Score one response. Never raises for a strange response: that is what `unparseable` is for."""
@@ -48,7 +48,7 @@ class Grader(Protocol):
 
 
 class Task(Grader, Protocol):
-    """What a task module's `load` returns."""
+    """What a task module's `load` returns, and `grader` without problems and examples."""
 
     system_prompt: str  # what the task expects of a response; `env.system_prompt` replaces it
     examples: list[tuple[str, str]]  # questions and responses shown before every question, none of them in a split
@@ -89,7 +89,7 @@ def grader(config: EnvConfig) -> Grader:
     """
     from grpo.shapes import Shaped
 
-    found = _module(config.dataset).grader()
+    found = _module(config.dataset).grader(config)
     return found if config.reward_shape is None else Shaped(found, config.reward_shape, config.reward_weights)
 
 
@@ -105,7 +105,15 @@ def names() -> list[str]:
 
 def load(config: EnvConfig) -> Task:
     """The task that `env.dataset` names; raises ConfigError where there is none."""
-    task = _module(config.dataset).load(config)
+    return _asking(_module(config.dataset).load(config), config)
+
+
+def without_data(config: EnvConfig) -> Task:
+    """The same to ask other questions than its own: its data is read only where env.few_shot shows some of it."""
+    return load(config) if config.few_shot else _asking(_module(config.dataset).grader(config), config)
+
+
+def _asking(task: Task, config: EnvConfig) -> Task:
     if config.system_prompt is not None:
         task.system_prompt = config.system_prompt
     return task

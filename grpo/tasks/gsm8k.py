@@ -121,8 +121,8 @@ def row_problem(row: dict, where: str) -> Problem:
     return Problem(str(question), answer)
 
 
-def grader() -> GSM8K:
-    return GSM8K({})
+def grader(config: EnvConfig) -> GSM8K:
+    return GSM8K({}, config.style)
 
 
 def _solved(problem: Problem, style: str) -> str:

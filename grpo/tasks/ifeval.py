@@ -98,7 +98,7 @@ def _rows(config: EnvConfig) -> list[tuple[str, dict]]:
     return [(f"google/IFEval row {i} (key {row['key']})", row) for i, row in rows]
 
 
-def grader() -> IFEval:
+def grader(config: EnvConfig) -> IFEval:
     """Raises ConfigError without langdetect."""
     if importlib.util.find_spec("langdetect") is None:
         raise ConfigError(
@@ -109,7 +109,7 @@ def grader() -> IFEval:
 
 def load(config: EnvConfig) -> IFEval:
     """The task; raises ConfigError without langdetect, DataError for data that it cannot use."""
-    grader()
+    grader(config)
     if config.few_shot:
         raise ConfigError(f"env.few_shot ({config.few_shot}) must be 0 for ifeval, whose rows have no solutions")
     rows = _rows(config)

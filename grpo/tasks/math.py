@@ -152,7 +152,7 @@ def row_problem(row: dict, where: str) -> Problem:
     return _problem({"problem": "", **row}, where)
 
 
-def grader() -> Math:
+def grader(config: EnvConfig) -> Math:
     return Math({})
 
 

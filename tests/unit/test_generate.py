@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,15 @@ from grpo import generate, tasks, tool
 from grpo.config import RunConfig
 from grpo.config_sections import EnvConfig, InferenceModelConfig, ModelConfig, TrainConfig
 from grpo.errors import ConfigError, DataError
+from grpo.evaluate import evaluate
 from grpo.inference import Sampling
+from grpo.launch import compose
 from grpo.models import load_tokenizer
 from grpo.offline_config import OfflineConfig
 from grpo.resume import write_config
 from grpo.rollout import Completions
 from grpo.standalone import Part
+from grpo.tasks.gsm8k import STYLES
 
 from .conftest import DirectGrading
 
@@ -74,6 +78,45 @@ def test_a_run_is_asked_in_its_own_style(model_path):
     plain = asker(model_path, "7")
     assert len(asking.encode("2")) > len(plain.encode("2"))
     assert asking.task.system_prompt == "1+1" and len(asking.task.examples) == 1
+
+
+def no_data(monkeypatch) -> None:
+    def read(*arguments: object) -> None:
+        raise AssertionError("data was read")
+
+    monkeypatch.setattr("grpo.tasks.data.read_hub", read)
+    monkeypatch.setattr("grpo.tasks.ifeval.read_hub", read)
+
+
+def test_a_model_is_asked_without_the_data_of_its_task(model_path, monkeypatch):
+    no_data(monkeypatch)
+    monkeypatch.setattr("grpo.standalone.started", lambda *arguments: nullcontext("the engine"))
+    lengths = ["env.max_prompt_length=32", "inference_model.max_tokens=24", "device=cpu"]
+    config = compose("grpo_gsm8k", ["env.style=think", *lengths])
+    with generate.asker(config, model_path, 0.0) as asking:
+        assert (asking.task.system_prompt, asking.task.examples) == (STYLES["think"], [])
+    config.env.few_shot = 1  # which is shown
+    with pytest.raises(AssertionError, match="data was read"), generate.asker(config, model_path, 0.0):
+        pass
+
+
+def test_prompts_of_ones_own_are_evaluated_without_the_data_of_the_task(model_path, tmp_path, monkeypatch):
+    no_data(monkeypatch)
+    asked = []
+
+    def ask(config, models, questions, task, *rest) -> None:
+        asked.append((task.system_prompt, [question.problem.question for question in questions]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("grpo.measure.ask", ask)
+    monkeypatch.setattr("grpo.evaluate.grading_pool", nullcontext)
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "What is 1?"}\n')
+    typed = [f"model={model_path}", f"prompts={tmp_path}/mine.jsonl", "env.dataset=gsm8k", f"out={tmp_path}/out.json"]
+    with pytest.raises(KeyboardInterrupt):
+        evaluate([*typed, "env.style=think"])
+    assert asked == [(STYLES["think"], ["What is 1?"])]
+    with pytest.raises(AssertionError, match="data was read"):
+        evaluate([item for item in typed if not item.startswith("prompts=")])
 
 
 def test_a_prompt_longer_than_the_engine_was_made_for_is_refused(model_path):

@@ -175,8 +175,19 @@ def test_arithmetic_takes_its_examples_from_training_too():
         tasks.load(EnvConfig(dataset="arithmetic", few_shot=5000))
 
 
+@pytest.mark.parametrize("take", [tasks.load, tasks.without_data])
 @pytest.mark.parametrize("dataset", ["arithmetic", "countdown"])
-def test_the_system_prompt_can_be_replaced(dataset):
-    assert tasks.load(EnvConfig(dataset=dataset, system_prompt="Be brief.")).system_prompt == "Be brief."
-    assert tasks.load(EnvConfig(dataset=dataset, system_prompt="")).system_prompt == ""
-    assert "<answer>" in tasks.load(EnvConfig(dataset=dataset)).system_prompt
+def test_the_system_prompt_can_be_replaced(dataset, take):
+    assert take(EnvConfig(dataset=dataset, system_prompt="Be brief.")).system_prompt == "Be brief."
+    assert take(EnvConfig(dataset=dataset, system_prompt="")).system_prompt == ""
+    assert "<answer>" in take(EnvConfig(dataset=dataset)).system_prompt
+
+
+@pytest.mark.parametrize("dataset", tasks.names())
+def test_every_task_can_be_taken_without_its_data(dataset, hub):
+    _, asked = hub
+    task = tasks.without_data(EnvConfig(dataset=dataset))
+    assert asked == [] and task.system_prompt and not task.examples
+    if dataset == "arithmetic":
+        shown = EnvConfig(dataset=dataset, few_shot=2)
+        assert tasks.without_data(shown).examples == tasks.load(shown).examples != []
