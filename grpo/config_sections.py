@@ -15,6 +15,11 @@ from grpo.rules import at_least, check, one_of
 ALL_LINEAR = "all-linear"
 
 
+def check_hottest(key: str, temperature: float, backend: str) -> None:
+    """vLLM's engine ends where it is given more."""
+    check(temperature <= 2 or backend != "vllm", key, temperature, "must be at most 2 with backend=vllm")
+
+
 @dataclass
 class EnvConfig:
     """The task: where prompts come from and how responses are scored."""
@@ -187,12 +192,7 @@ class InferenceModelConfig:
             f"must be 1 with backend={self.backend}: only vllm splits a model",
         )
         check(0 < self.temperature < math.inf, f"{section}.temperature", self.temperature, "must be above 0 to explore")
-        check(
-            self.temperature <= 2 or self.backend != "vllm",
-            f"{section}.temperature",
-            self.temperature,
-            "must be at most 2 with backend=vllm",
-        )
+        check_hottest(f"{section}.temperature", self.temperature, self.backend)
         check(0 < self.top_p <= 1, f"{section}.top_p", self.top_p, "must be in (0, 1]")
         check(
             self.top_p == 1 or self.temperature == 1,

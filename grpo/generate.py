@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from grpo import tasks
-from grpo.config import RunConfig
+from grpo.config import RunConfig, known_keys
+from grpo.config_sections import check_hottest
 from grpo.errors import ConfigError, DataError, one_line
 from grpo.evaluate import SECTIONS, config_of_its_run, shipped_config
 from grpo.resume import CONFIG, read_config, write_whole
@@ -40,7 +41,7 @@ if TYPE_CHECKING:  # importing them takes seconds, and a wrong argument is answe
     from grpo.standalone import Part, RunningEngine
 
 OWN = ("model", "prompts", "out", "temperature", "seed", "device")
-ARGUMENT = re.compile(r"[a-z_][\w.]*=")
+CONFIG_SECTIONS = {key.partition(".")[0] for key in known_keys() if "." in key}
 NOTHING_READ = "none that can be read"
 
 
@@ -113,10 +114,10 @@ def read_prompts(path: Path, faults: list[str]) -> list[dict]:
         raise ConfigError(f"prompts ({path}): there is no such file")
     if path.suffix != ".jsonl":
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8").removeprefix("\ufeff")  # which some editors begin a file with
         except UnicodeDecodeError as error:
             raise DataError(f"prompts ({path}) is not UTF-8 at byte {error.start}: save it as UTF-8") from None
-        rows = [{"prompt": line.strip()} for line in text.splitlines() if line.strip()]
+        rows = [{"prompt": line.strip()} for line in text.split("\n") if line.strip()]
     else:
         with open(path, "rb") as lines:
             rows = list(read_lines(lines, _row, faults))
@@ -201,6 +202,13 @@ def converse(asking: Asker) -> None:
             print(f"{one_line(error)}\n", flush=True)
 
 
+def _is_argument(item: str) -> bool:
+    """Whether it is KEY=VALUE for one of this tool's arguments or a key of the configuration; else it is a prompt."""
+    key, found, _ = item.partition("=")
+    is_key = re.fullmatch(r"(\w+)\.[\w.]+", key)
+    return bool(found) and (key in OWN or (is_key is not None and is_key[1] in CONFIG_SECTIONS))
+
+
 def _temperature(arguments: dict[str, str]) -> float:
     typed = arguments.get("temperature", "0")
     if not re.fullmatch(r"\d+(\.\d*)?|\.\d+", typed):
@@ -212,8 +220,8 @@ def main() -> None:
     if {"-h", "--help"} & set(sys.argv):
         print(__doc__)
         return
-    typed = [item for item in sys.argv[1:] if not ARGUMENT.match(item)]
-    items = [item for item in sys.argv[1:] if ARGUMENT.match(item)]
+    typed = [item for item in sys.argv[1:] if not _is_argument(item)]
+    items = [item for item in sys.argv[1:] if _is_argument(item)]
     arguments, overrides = split_arguments(items, dict.fromkeys(OWN, False), SECTIONS)
     if len(typed) > 1:
         raise ConfigError(f"there are {len(typed)} prompts: put one in quotes, or several in a file, prompts=FILE")
@@ -230,6 +238,7 @@ def main() -> None:
     rows = read_prompts(Path(arguments["prompts"]), faults) if "prompts" in arguments else []
     run_keys = {key: arguments[key] for key in ("seed", "device") if key in arguments}
     config, model = configure(arguments.get("model"), overrides | run_keys)
+    check_hottest("temperature", temperature, config.inference_model.backend)
     check_model(model)
     check_files(model)
     print(f"Asking {model}", file=sys.stderr, flush=True)

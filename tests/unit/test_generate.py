@@ -177,6 +177,36 @@ def test_prompts_are_lines_or_objects_and_keep_what_else_they_have(model_path, t
 
 
 @pytest.mark.parametrize(
+    "prompt",
+    [
+        "x=5. What is x + 1?",
+        "x = 5",
+        "a.b=1",
+        "env.x is y=1?",
+        "trainer.epochs=2",
+        "What is 1?",
+        "model",
+    ],
+)
+def test_what_is_no_key_before_an_equals_sign_is_a_prompt(prompt, model_path, monkeypatch, capsys):
+    monkeypatch.setattr(generate, "asker", lambda *arguments: nullcontext(asker(model_path, "<answer>7</answer>")))
+    asked = []
+    monkeypatch.setattr(generate.Asker, "encode", lambda self, text: asked.append(text) or [1])
+    typed = [prompt, f"model={model_path}", "env.dataset=arithmetic", "temperature=0.5", "seed=3"]
+    monkeypatch.setattr(sys, "argv", ["generate", *typed])
+    generate.main()
+    assert asked == [prompt]
+    assert capsys.readouterr().out == "<answer>7</answer>\nAnswer: 7\n"
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_line_of_a_text_file_ends_where_the_file_says_so_and_nowhere_else(tmp_path, end):
+    lines = ["What is 1?", "Read\u2028this", "page one\x0cpage two", "", "a\x85b\x1cc"]
+    (tmp_path / "p.txt").write_bytes(end.join(["\ufeff" + lines[0], *lines[1:]]).encode())
+    assert [row["prompt"] for row in generate.read_prompts(tmp_path / "p.txt", [])] == [line for line in lines if line]
+
+
+@pytest.mark.parametrize(
     ("out", "message"),
     [
         ("", r"out \(.*\) is there, and no file: give another name"),
@@ -262,7 +292,13 @@ def test_the_model_is_a_runs_or_a_path_with_the_settings_of_its_task(tmp_path, m
         (["What is 1?", "out=a.jsonl"], r"out \(a.jsonl\) goes with prompts=FILE"),
         ([], "there is nothing to ask"),
         (["1", "temperature=-1"], r"temperature \(-1\) must be a number of at least 0"),
+        (
+            ["1", "model=m", "env.dataset=arithmetic", "temperature=3"],
+            r"^temperature \(3.0\) must be at most 2 with backend=vllm",
+        ),
         (["1", "train.epochs=2"], "train.epochs is not an argument here"),
+        (["x=5. What is x + 1?", "1"], "there are 2 prompts: put one in quotes"),
+        (["x.y=5. What is x.y + 1?", "prompts=a.txt"], "give a prompt or prompts=FILE, not both"),
         (["prompts=none.txt"], r"prompts \(none.txt\): there is no such file"),
         (["1", "model=m", "env.dataset=chess"], r"env.dataset \(chess\) has no config/grpo_chess.yaml"),
     ],
