@@ -9,12 +9,13 @@ import os
 import secrets
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
+from statistics import harmonic_mean
 from typing import IO, Any
 
 import torch
@@ -102,17 +103,23 @@ METRICS = {
     "sync/probe_difference": "mean |trainer - engine| log-prob of a probe text after a push, the largest engine's, nats",
     "eval/accuracy": "greedy accuracy on the validation split; offline: ranking accuracy on the held-out groups",
     "eval/problems": "problems, or groups, that it is a share of",
-    "time/generate_s": "sampling responses",
-    "time/reward_s": "grading them",
-    "time/reference_s": "scoring them under the reference",
+    "time/generate_s": "sampling responses; async: beside the steps, so its total alone is known, in summary.json",
+    "time/reward_s": "grading them; async: the same",
+    "time/reference_s": "scoring them under the reference; async: the same",
     "time/train_s": "the optimiser step",
     "time/push_s": "pushing weights to the engines, and with colocate=true putting them to sleep",
     "time/wait_s": "waiting for a collection that runs beside training",
     "time/eval_s": "evaluating",
     "time/checkpoint_s": "what training waited for checkpoints",
-    "time/samples_per_s": "responses trained on a second, over the whole step",
+    "time/samples_per_s": "responses trained on a second, over the whole step; the first one behind a push has the push in "
+    "it, and sync's sampling",
 }
 PHASES = ("generate", "reward", "reference", "train", "push", "wait", "eval", "checkpoint")
+
+
+def steps_per_push(config: RunConfig | OfflineConfig) -> int:
+    """Optimiser steps that have everything in them once: the first of them has the push, and sync's sampling."""
+    return config.steps_per_push if isinstance(config, RunConfig) else 1
 
 
 def metric(name: str) -> str:
@@ -249,8 +256,8 @@ SHOWN = {
     "kl": "train/kl_to_reference",
     "loss": "train/loss",
     "ranked": "train/ranking_accuracy",
-    "samples/s": "time/samples_per_s",
 }
+RATE = "time/samples_per_s"  # shown is that of the last `steps_per_push` steps together
 
 
 def _open_at(path: Path, position: int) -> IO[str]:
@@ -287,6 +294,7 @@ class RunLog:
         position = position or {"step": 0, "seconds": 0.0, "held": None, "files": {}, "wandb": secrets.token_hex(4)}
         self.held, self.start, self.last_step = position["held"], time.time() - position["seconds"], position["step"]
         self.wandb_id = position["wandb"]
+        self.rates: deque[float] = deque(maxlen=steps_per_push(run_config))
         self.wandb = self.tensorboard = None
         self.samples: dict[str, Any] = {}  # what goes to Weights & Biases with the step that is held back
         name = config.run_name or "_".join(run_dir.parts[-2:])
@@ -345,7 +353,11 @@ class RunLog:
         version = {} if policy_version is None else {"policy_version": policy_version}
         self.held = {"step": step, "time_s": round(time.time() - self.start, 3)} | version | metrics
         self.bar.update(1)
-        self.bar.set_postfix({name: f"{metrics[metric]:.3g}" for name, metric in SHOWN.items() if metric in metrics})
+        shown = {name: metrics[metric] for name, metric in SHOWN.items() if metric in metrics}
+        if RATE in metrics:
+            self.rates.append(metrics[RATE])
+            shown["samples/s"] = harmonic_mean(self.rates)
+        self.bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
 
     def add(self, metrics: dict[str, float]) -> None:
         """Add to the step last taken."""

@@ -24,7 +24,7 @@ from matplotlib.ticker import MaxNLocator
 from grpo.config import known_keys
 from grpo.errors import ConfigError, DataError
 from grpo.intervals import wilson
-from grpo.metrics import PHASES
+from grpo.metrics import PHASES, steps_per_push
 from grpo.resume import SUMMARY, Config, key_value, read_config
 from grpo.tool import OUTPUTS, check_out, find_run, run_tool, split_arguments
 
@@ -73,13 +73,19 @@ class Panel:
 
     def draw(self, axes: Axes, runs: Sequence[Drawn]) -> None:
         for run in runs:
-            steps, values = run.points(self.of_all) if self.of_all else ([], [])
-            self._line(axes, run, *((steps, values) if steps else run.points(self.metric)))
+            self._line(axes, run, *self.points(run))
         if self.least is not None:
             axes.update_datalim([(0, end) for end in self.least], updatex=False)
             axes.autoscale_view(scalex=False)
             if self.least[0] == 0:
                 axes.set_ylim(bottom=0)
+
+    def points(self, run: Drawn) -> tuple[list[int], list[float]]:
+        steps, values = run.points(self.of_all) if self.of_all else ([], [])
+        return (steps, values) if steps else run.points(self.metric)
+
+    def average(self, values: list[float], window: int) -> list[float]:
+        return moving_average(values, window)
 
     def _line(self, axes: Axes, run: Drawn, steps: list[int], values: list[float]) -> None:
         window = max(1, len(steps) // 25)
@@ -88,7 +94,7 @@ class Panel:
             axes.plot(steps, values, linewidth=1.6, **style)
             return
         axes.plot(steps, values, linewidth=0.8, alpha=0.3, **style)
-        axes.plot(steps[window - 1 :], moving_average(values, window), linewidth=1.8, **style)
+        axes.plot(steps[window - 1 :], self.average(values, window), linewidth=1.8, **style)
 
 
 class Accuracy(Panel):
@@ -123,8 +129,28 @@ class Accuracy(Panel):
             axes.text(0.98, 0.04, words, transform=axes.transAxes, ha="right", va="bottom", fontsize="small", color=MUTED)
 
 
+class Throughput(Panel):
+    """Responses over the seconds that they took, each point of as many steps as there are between two pushes.
+
+    A single step's rate says little: the first one on a collection carries its sampling, and that behind a push the push.
+    """
+
+    def points(self, run: Drawn) -> tuple[list[int], list[float]]:
+        steps, rates = run.points(self.metric)
+        window = max(1, min(len(steps), steps_per_push(run.config)))
+        return steps[window - 1 :], self.average(rates, window)
+
+    def average(self, values: list[float], window: int) -> list[float]:
+        """The mean of seconds a response, inverted: steps have equally many, but for the last one of an offline epoch."""
+        return [1 / seconds for seconds in moving_average([1 / rate for rate in values], window)]
+
+
 class Phases(Panel):
-    """Seconds a step by phase, a bar a run, in their order from above; phases beside one another are counted each."""
+    """Seconds a step by phase, a bar a run, in their order from above.
+
+    Phases beside one another are counted each. In async mode generate, reward and reference are nobody's step: they are not
+    here but in summary.json, as totals.
+    """
 
     def has(self, run: Drawn) -> bool:
         return any(f"time/{phase}_s" in row for row in run.rows for phase in PHASES)
@@ -166,7 +192,7 @@ PANELS = (
     Panel("Entropy over completions", "nats a group", "train/group_entropy", (0.0, 0.0)),
     Panel("Log-prob of the completions", "nats a token", "train/completion_log_prob"),
     Panel("Gradient norm", "before clipping", "train/grad_norm", (0.0, 0.0)),
-    Panel("Throughput", "responses a second", "time/samples_per_s", (0.0, 0.0)),
+    Throughput("Throughput", "responses a second", "time/samples_per_s", (0.0, 0.0)),
     Phases("Phases", "seconds an optimiser step", "time/train_s"),
 )
 ONLINE_LOSS = "train/loss"  # of an online run it is near 0 by construction and says nothing

@@ -217,6 +217,18 @@ def test_a_step_is_held_until_the_next_and_written_with_what_was_added_meanwhile
     log.close()
 
 
+def test_the_bars_rate_is_that_of_a_whole_collection(tmp_path):
+    """Of 4 steps of 512 responses, the first of which samples: 256 s and three times 51.2 s are 5 responses a second."""
+    train = TrainConfig(total_dialog_turns=8192, dialog_turns_per_batch=2048, optim_batch_size=512)
+    log, shown = RunLog(tmp_path, RunConfig(logging=LoggingConfig(progress=False), train=train)), []
+    for step in range(1, 10):
+        log.step(step, 0, {"time/samples_per_s": 2.0 if step % 4 == 1 else 10.0})
+        shown.append(log.bar.postfix)
+    assert shown[0] == "samples/s=2"
+    assert shown[3:] == ["samples/s=5"] * 6
+    log.close()
+
+
 def test_closing_writes_what_is_held_and_closing_again_is_fine(tmp_path):
     log = RunLog(tmp_path, QUIET)
     log.step(1, 0, metrics_of(1))

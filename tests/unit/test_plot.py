@@ -31,14 +31,20 @@ REFERENCE = {"train/kl_to_reference": 0.01}
 
 
 def write_run(
-    run_dir: Path, num_steps: int = 4, ended: bool = True, lr: float = 1e-4, seed: int = 0, more: dict = REFERENCE
+    run_dir: Path,
+    num_steps: int = 4,
+    ended: bool = True,
+    lr: float = 1e-4,
+    seed: int = 0,
+    more: dict = REFERENCE,
+    optim_batch_size: int = 512,
 ) -> Path:
     run_dir.mkdir(parents=True)
     config = RunConfig(
         seed=seed,
         env=EnvConfig(dataset="arithmetic"),
         optimizer=OptimizerConfig(lr=lr),
-        train=TrainConfig(total_dialog_turns=2048, dialog_turns_per_batch=512, optim_batch_size=512),
+        train=TrainConfig(total_dialog_turns=2048, dialog_turns_per_batch=512, optim_batch_size=optim_batch_size),
     )
     write_config(config, run_dir)
     rows = []
@@ -121,6 +127,24 @@ def test_a_long_run_has_a_moving_average(tmp_path):
     raw, smooth = axes.lines
     assert (len(raw.get_xdata()), len(smooth.get_xdata())) == (100, 97)
     assert smooth.get_xydata()[0].tolist() == [4, pytest.approx(0.25)]  # the mean of the first four
+
+
+@pytest.mark.parametrize("num_steps", [8, 100])
+def test_throughput_is_that_of_whole_collections(tmp_path, num_steps):
+    """Of 4 steps of 128 responses, the first of which samples: 64 s and three times 12.8 s are 5 responses a second."""
+    run = write_run(tmp_path / "run", optim_batch_size=128)
+    rates = [2.0 if step % 4 == 0 else 10.0 for step in range(num_steps)]
+    rows = [{"step": step, "time/samples_per_s": rate} for step, rate in enumerate(rates, start=1)]
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    lines = drawn(run)["Throughput"].lines
+    assert lines[0].get_xdata().tolist() == list(range(4, num_steps + 1))
+    assert len(lines) == (1 if num_steps == 8 else 2)
+    assert all(line.get_ydata().tolist() == pytest.approx([5.0] * len(line.get_ydata())) for line in lines)
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows[:2]))
+    (line,) = drawn(run)["Throughput"].lines  # of a run that has just begun: 2 steps in 0.6 s a response
+    assert line.get_xydata().tolist() == [[2, pytest.approx(2 / 0.6)]]
+    other = write_run(tmp_path / "other")  # which has none
+    assert [len(line.get_xdata()) for line in drawn(run, other)["Throughput"].lines] == [1, 0]
 
 
 def test_an_offline_run_has_the_pictures_of_its_own_metrics(tmp_path):
