@@ -203,10 +203,10 @@ def converse(asking: Asker) -> None:
 
 
 def _is_argument(item: str) -> bool:
-    """Whether it is KEY=VALUE for one of this tool's arguments or a key of the configuration; else it is a prompt."""
+    """Whether it is NAME=VALUE; else it is a prompt. One with spaces is a prompt, unless its name is one there is."""
     key, found, _ = item.partition("=")
-    is_key = re.fullmatch(r"(\w+)\.[\w.]+", key)
-    return bool(found) and (key in OWN or (is_key is not None and is_key[1] in CONFIG_SECTIONS))
+    is_name, section = re.fullmatch(r"[a-z]\w*(\.\w+)*", key), key.partition(".")[0]
+    return bool(found and is_name) and (key in OWN or section in CONFIG_SECTIONS or not re.search(r"\s", item))
 
 
 def _temperature(arguments: dict[str, str]) -> float:

@@ -181,9 +181,8 @@ def test_prompts_are_lines_or_objects_and_keep_what_else_they_have(model_path, t
     [
         "x=5. What is x + 1?",
         "x = 5",
-        "a.b=1",
         "env.x is y=1?",
-        "trainer.epochs=2",
+        "Trainer.epochs=2",
         "What is 1?",
         "model",
     ],
@@ -297,6 +296,7 @@ def test_the_model_is_a_runs_or_a_path_with_the_settings_of_its_task(tmp_path, m
             r"^temperature \(3.0\) must be at most 2 with backend=vllm",
         ),
         (["1", "train.epochs=2"], "train.epochs is not an argument here"),
+        (["1", "temprature=0.5"], "temprature is not an argument here"),
         (["x=5. What is x + 1?", "1"], "there are 2 prompts: put one in quotes"),
         (["x.y=5. What is x.y + 1?", "prompts=a.txt"], "give a prompt or prompts=FILE, not both"),
         (["prompts=none.txt"], r"prompts \(none.txt\): there is no such file"),
