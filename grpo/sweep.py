@@ -85,7 +85,7 @@ def jobs(overrides: list[str], groups: dict[str, list[str]]) -> Iterator[list[st
 
 def varying(overrides: list[list[str]]) -> list[str]:
     """The keys whose values are not the same in all of the runs."""
-    found = [dict(item.split("=", 1) for item in its) for its in overrides]
+    found = [dict(item.partition("=")[::2] for item in its) for its in overrides]  # ~KEY, which takes one away, has no value
     return [key for key in dict.fromkeys(key for its in found for key in its) if len({its.get(key) for its in found}) > 1]
 
 
@@ -99,7 +99,7 @@ class Job:
     summary: dict | None
 
     def value(self, key: str) -> str:
-        return next((item.split("=", 1)[1] for item in self.overrides if item.split("=", 1)[0] == key), "")
+        return dict(item.partition("=")[::2] for item in self.overrides).get(key, "")
 
     @property
     def accuracy(self) -> float | None:

@@ -93,6 +93,9 @@ def test_of_an_interval_the_ends_are_looked_at():
 def test_what_varies_is_what_differs_between_runs():
     assert varying([["a=1", "b=2", "c=3"], ["a=1", "b=4"]]) == ["b", "c"]
     assert varying([["a=1"]]) == []
+    assert varying(list(jobs(["~objective", "seed=1,2"], {}))) == ["seed"]  # a key that is taken away has no value
+    assert varying([["~a", "b=1"], ["b=1"]]) == ["~a"]
+    assert [Job(0, ["~a", "b=x=1"], None, None).value(key) for key in ("~a", "b", "c")] == ["", "x=1", ""]
 
 
 def test_a_failed_run_stops_no_other_and_its_reason_is_in_the_table(run_sweep, capsys):
