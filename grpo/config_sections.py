@@ -248,6 +248,13 @@ class ObjectiveConfig:
         at_least(section, self, 1, "ot_iterations")
 
 
+def precision(typed: str) -> str:
+    """What train.mixed_precision means: older documents have true and false."""
+    word = {"true": "bf16", "false": "none"}.get(str(typed).lower(), str(typed).lower())
+    one_of("train.mixed_precision", word, ("none", "bf16", "fp16"))
+    return word
+
+
 @dataclass
 class TrainConfig:
     """How much is collected, how it is optimised, and how far the policy may go from its reference."""
@@ -292,9 +299,7 @@ class TrainConfig:
     logging_frequency: int = 1  # optimiser steps between points sent to Weights & Biases and TensorBoard
 
     def __post_init__(self) -> None:
-        precision = str(self.mixed_precision).lower()  # older documents have true and false
-        self.mixed_precision = {"true": "bf16", "false": "none"}.get(precision, precision)
-        one_of("train.mixed_precision", self.mixed_precision, ("none", "bf16", "fp16"))
+        self.mixed_precision = precision(self.mixed_precision)
         counts = ("total_dialog_turns", "dialog_turns_per_batch", "epochs", "optim_batch_size")
         at_least("train", self, 1, *counts, "gradient_accumulation_steps", "logging_frequency")
         at_least("train", self, 0, "kl_to_ref_coeff", "kl_to_inference_coeff", "entropy_coeff", "eval_frequency")

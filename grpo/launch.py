@@ -66,6 +66,12 @@ def compose_unchecked(config_name: str, overrides: Sequence[str], cls: type[Conf
         raise ConfigError(f"there is no configuration {config_name}; there are {known}")
     groups = sorted(path.name for path in CONFIG_DIR.iterdir() if path.is_dir())
     parsed = [parse_override(override) for override in overrides]
+    for override in parsed:
+        if cls is OfflineConfig and override.key_or_group == "objective" and not override.is_delete():
+            raise ConfigError(
+                f"objective ({override.value()}) must be left out of an offline run, which has objective.log_prob, "
+                "objective.temperature and objective.target_temperature only"
+            )
     try:
         check_keys([override.key_or_group for override in parsed], groups, cls)
         with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):

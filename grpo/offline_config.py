@@ -8,7 +8,15 @@ from dataclasses import dataclass, field, replace
 
 from hydra.core.config_store import ConfigStore
 
-from grpo.config_sections import LoraConfig, ModelConfig, OptimizerConfig, RayConfig, SinksConfig, TrainModelConfig
+from grpo.config_sections import (
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RayConfig,
+    SinksConfig,
+    TrainModelConfig,
+    precision,
+)
 from grpo.rules import at_least, check, one_of
 
 AUTO = "auto"  # resume=auto
@@ -46,7 +54,7 @@ class OfflineTrainConfig:
     max_skipped_steps: int = 10  # steps in a row whose loss or gradients are not finite, after which the run stops
 
     def __post_init__(self) -> None:
-        one_of("train.mixed_precision", self.mixed_precision, ("none", "bf16", "fp16"))
+        self.mixed_precision = precision(self.mixed_precision)
         at_least("train", self, 1, "gradient_accumulation_steps", "logging_frequency")
         at_least("train", self, 0, "eval_frequency", "checkpoint_frequency")
         at_least("train", self, 1, "keep_checkpoints", "grace_s", "max_skipped_steps")

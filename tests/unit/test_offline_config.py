@@ -38,6 +38,13 @@ def test_the_shipped_configuration_composes_with_every_model():
         assert config_of(f"model={option.stem}").model.name
 
 
+@pytest.mark.parametrize(
+    ("typed", "precision"), [("true", "bf16"), ("false", "none"), ("BF16", "bf16"), ("fp16", "fp16"), ("none", "none")]
+)
+def test_the_precision_is_written_as_in_online_runs(typed, precision):
+    assert config_of(f"train.mixed_precision={typed}").train.mixed_precision == precision
+
+
 BAD_VALUES = [
     ([], "data (None) must be a file of scored completions: data=FILE.jsonl"),
     (["resume=auto"], "data (None) must be a file of scored completions"),
@@ -66,7 +73,14 @@ BAD_VALUES = [
         [DATA, "train_model.quantization.enabled=true"],
         "train_model.quantization.enabled (True) needs train_model.lora.enabled=true or lora_path",
     ),
-    ([DATA, "objective=grpo"], "Could not override 'objective'"),
+    *(
+        (
+            [DATA, f"{sign}objective={name}"],
+            f"objective ({name}) must be left out of an offline run, which has objective.log_prob, "
+            "objective.temperature and objective.target_temperature only",
+        )
+        for sign, name in (("", "dapo"), ("+", "grpo"))
+    ),
 ]
 
 
