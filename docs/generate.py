@@ -20,7 +20,7 @@ from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 from grpo.config import RENAMED, RunConfig
 from grpo.config_sections import LoraConfig
 from grpo.launch import CONFIG_DIR
-from grpo.memory import trainer_bytes
+from grpo.memory import gpu_trainer_bytes, trainer_bytes
 from grpo.models import kv_cache_bytes, num_adapter_parameters, num_parameters
 from grpo.offline_config import OfflineConfig
 from grpo.resume import MAY_CHANGE
@@ -224,7 +224,7 @@ def memory() -> str:
             trained = num_adapter_parameters(model, LoraConfig(enabled=True)) if adapters else parameters
 
             def rank(ranks: int, sizes: tuple = (parameters, 0, trained, adapters, optimizer)) -> int:
-                return trainer_bytes(*sizes, ranks)
+                return gpu_trainer_bytes(trainer_bytes(*sizes, ranks), sizes[0], 0, sizes[-1])
 
             each = [f"{rank(n) / GIB:.1f}" for n in (1, 4)]
             trainers.append([name, setting, *each, *(least(rank, card) for card in CARDS)])
@@ -238,7 +238,7 @@ def memory() -> str:
     cards = [f"least on {card} GB" for card in CARDS]
     return "\n\n".join(
         [
-            "A training rank, GiB (weights, gradients and optimiser states in float32, in shards, and one whole copy), and "
+            "A training rank, GiB on its GPU (weights, gradients and optimiser states in float32, in shards), and "
             "how many `train_model.num_devices` it takes at least:",
             table(["model", "trained", "1 rank", "each of 4", *cards], trainers),
             "A reference, or an engine's weights, GiB in bfloat16; an engine's cache, MiB for 1,000 tokens; and how many "

@@ -79,13 +79,17 @@ def phases_of(config: RunConfig, memory: dict[str, int], count: Parameters) -> d
     return _in_turns(memory, passing) if config.colocate else {"at all times": memory}
 
 
+def gpu_trainer_bytes(trainer: int, parameters: int, in_four_bits: int, optimizer: str) -> int:
+    """Those of `trainer_bytes` that are on a GPU: the whole copy of the weights is the CPU's, and what is offloaded too."""
+    return int(in_four_bits * FOUR_BITS) if optimizer == "adamw_offload" else trainer - parameters * FLOAT32
+
+
 def gpu_phases_of(config: RunConfig, memory: dict[str, int], count: Parameters) -> dict[str, dict[str, int]]:
-    """`phases_of` what is on a GPU: one rank's whole copy of the weights is the CPU's, and so is what is offloaded."""
-    gradients = count.trained * FLOAT32 // config.train_model.num_devices
-    trainer = memory["trainer"] - count.all * FLOAT32
-    if config.optimizer.name == "adamw_offload":
-        trainer, gradients = int(count.in_four_bits * FOUR_BITS), 0
-    held = memory | {"trainer": trainer}
+    """`phases_of` what is on a GPU. An engine of vLLM takes its share of the GPU there instead of what it has here."""
+    optimizer = config.optimizer.name
+    offloads = optimizer == "adamw_offload"
+    gradients = 0 if offloads else count.trained * FLOAT32 // config.train_model.num_devices
+    held = memory | {"trainer": gpu_trainer_bytes(memory["trainer"], count.all, count.in_four_bits, optimizer)}
     return _in_turns(held, gradients) if config.colocate else {"at all times": held}
 
 

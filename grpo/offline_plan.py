@@ -6,7 +6,7 @@ from grpo.adapters import check_adapter
 from grpo.devices import resolve_device
 from grpo.errors import ConfigError
 from grpo.four_bit import check_four_bit
-from grpo.memory import check_memory, trainer_bytes
+from grpo.memory import check_memory, gpu_trainer_bytes, trainer_bytes
 from grpo.models import num_adapter_parameters, num_parameters
 from grpo.nodes import Node
 from grpo.offline_config import OfflineConfig
@@ -27,7 +27,9 @@ class OfflinePlan:
     parameters: int
     trained: int  # of them, or the adapters'
     in_four_bits: int  # of them
-    memory_bytes: int  # estimate a rank: weights, gradients and optimiser; activations come on top
+    memory_bytes: (
+        int  # estimate a rank, on a GPU of what is there: weights, gradients and optimiser; activations come on top
+    )
     num_groups: int  # to train on
     num_held_out: int
     num_completions: int  # of the largest group
@@ -78,6 +80,8 @@ def make_plan(config: OfflineConfig) -> OfflinePlan:
         raise ConfigError(f"train_model.num_devices ({ranks}) must be at most {where}'s {gpus} GPUs")
     roles, sizes = {"trainer": ranks}, {"trainer": 1}
     places = place_roles(config.ray, nodes, roles, sizes, device, sharing=1)
+    if device == "cuda":
+        memory = gpu_trainer_bytes(memory, parameters, in_four_bits, config.optimizer.name)
     if device == "cpu":
         check_memory(name, nodes, places, {"trainer": memory}, 0, "train_model.lora.enabled=true")
     return OfflinePlan(

@@ -44,7 +44,9 @@ class Plan:
     parameters: int
     trained: int  # of them, or the adapters' with LoRA
     in_four_bits: int  # of them, of the policy
-    memory_bytes: dict[str, int]  # estimate a role, weights, optimiser and key-value cache; activations come on top
+    # Estimates a role: weights, optimiser and key-value cache; activations come on top. On GPUs of what is there, where
+    # vLLM's engines have their share instead.
+    memory_bytes: dict[str, int]
     phases: dict[str, dict[str, int]]  # the same while the run samples and while it trains, where those are not one
     states_bytes: int  # of driver and replay buffer: the hidden states that divergence=ot compares with, at full length
 
@@ -68,18 +70,19 @@ class Plan:
     def describe(self, config: RunConfig) -> str:
         """What dry_run=true prints."""
         gib, budget = 2**30, config.train.max_tokens_per_micro_batch
+        total, whose = f"about {self.total_memory_bytes / gib:.2f} GiB for", "of them"
+        if self.device == "cuda":
+            total, whose = "of GPUs, for", "of the CPU's memory"
         lines = [
             f"device            {self.device}" + f", {self.gpus_per_process:.2g} GPU a process" * (self.device == "cuda"),
             *(
-                f"process           {count} x {role}, about {self.memory_bytes[role] / gib:.2f} GiB and "
-                f"{self.threads[role]} threads each"
+                f"process           {count} x {role}, {self._held(role, config)} and {self.threads[role]} threads each"
                 for role, count in self.roles.items()
             ),
             *self._nodes(config.ray),
-            f"memory            about {self.total_memory_bytes / gib:.2f} GiB for "
-            f"{self.parameters / 1e6:.1f} million parameters, activations not counted",
-            *self._in_turns(),
-            *([f"anchor states     about {self.states_bytes / gib:.2f} GiB of them"] if self.states_bytes else []),
+            f"memory            {total} {self.parameters / 1e6:.1f} million parameters, activations not counted",
+            *self._in_turns(config),
+            *([f"anchor states     about {self.states_bytes / gib:.2f} GiB {whose}"] if self.states_bytes else []),
             f"trained           {self._trained(config)}",
             f"reference         {self._reference(config)}",
             f"weight pushes     {self.transport}, probed every {config.train.probe_frequency}"
@@ -100,8 +103,23 @@ class Plan:
     def _nodes(self, config: RayConfig) -> list[str]:
         return [] if config.address is None else describe_nodes(self.nodes, self.places)
 
-    def _in_turns(self) -> list[str]:
-        needed = [f"{self._bytes(memory) / 2**30:.2f} GiB {phase}" for phase, memory in self.phases.items()]
+    def _has_share(self, role: str, config: RunConfig) -> bool:
+        """Whether it takes inference_model.gpu_memory_utilization of its GPU, whatever the model."""
+        return role == "inference" and self.device == "cuda" and config.inference_model.backend == "vllm"
+
+    def _held(self, role: str, config: RunConfig) -> str:
+        if self._has_share(role, config):
+            gpus = config.inference_model.tensor_parallel_size
+            of = "its GPU" if gpus == 1 else f"each of its {gpus} GPUs"
+            return f"{config.inference_model.gpu_memory_utilization:g} of {of}"
+        return f"about {self.memory_bytes[role] / 2**30:.2f} GiB"
+
+    def _in_turns(self, config: RunConfig) -> list[str]:
+        needed = []
+        for phase, memory in self.phases.items():
+            beside = " beside the engine" if memory["inference"] and self._has_share("inference", config) else ""
+            counted = memory | {"inference": 0} if beside else memory
+            needed.append(f"{self._bytes(counted) / 2**30:.2f} GiB{beside} {phase}")
         return [f"in turns          {', '.join(needed)}"] if len(needed) > 1 else []
 
     def _samples(self, config: RunConfig) -> str:
@@ -247,11 +265,12 @@ def make_plan(config: RunConfig) -> Plan:
     count = count_parameters(config, model)
     memory = role_bytes(config, model, count, length)
     memory = {role: memory[role] for role in roles}
-    phases, states = phases_of(config, memory, count), states_bytes(config, model, length)
+    phases = (gpu_phases_of if device == "cuda" else phases_of)(config, memory, count)
+    states = states_bytes(config, model, length)
     sharing = processes_per_gpu(config, nodes, roles, sizes) if device == "cuda" else 0
     places = place_roles(config.ray, nodes, roles, sizes, device, sharing)
     if sharing > 1 and config.ray.address is None and config.inference_model.backend == "vllm":
-        check_shared_gpus(config, roles, gpu_phases_of(config, memory, count), sharing)
+        check_shared_gpus(config, roles, phases, sharing)
     if device == "cpu":
         held = ", or train.dialog_turns_per_batch" if config.mode == "sync" else ", or train.buffer_size"
         remedy = "lower env.num_envs or inference_model.max_tokens" + held * (states > 0)
@@ -268,7 +287,7 @@ def make_plan(config: RunConfig) -> Plan:
         parameters=count.all,
         trained=count.trained,
         in_four_bits=count.in_four_bits,
-        memory_bytes=memory,
+        memory_bytes={role: max(its[role] for its in phases.values()) for role in roles},
         phases=phases,
         states_bytes=states,
     )

@@ -32,6 +32,16 @@ def test_the_plan_counts_groups_ranks_steps_and_trained_parameters(scored):
     assert "LoRA adapters" in make_plan(lora).describe(lora)
 
 
+def test_a_rank_has_its_whole_copy_of_the_weights_in_the_cpus_memory_where_it_trains_on_a_gpu(scored, gpus):
+    gpus(1)
+    on_cpu, on_gpu, offloaded = (
+        make_plan(config_of(scored, *typed))
+        for typed in ([], ["device=cuda"], ["device=cuda", "optimizer.name=adamw_offload"])
+    )
+    weights = 4 * on_cpu.parameters
+    assert (on_cpu.memory_bytes, on_gpu.memory_bytes, offloaded.memory_bytes) == (5 * weights, 4 * weights, 0)
+
+
 def test_a_malformed_line_is_found_by_the_plan(scored, tmp_path):
     (tmp_path / "bad.jsonl").write_text("{}\n")
     with pytest.raises(DataError, match=r"bad.jsonl:1: prompt \(missing\)"):

@@ -378,6 +378,33 @@ def test_an_engine_that_wants_more_of_a_gpu_than_those_beside_it_leave_is_refuse
     assert gpu_plan_of("model=qwen2_5_0_5b", "optimizer.name=adamw_offload")  # states are the CPU's
 
 
+def test_on_gpus_a_dry_run_says_what_each_process_has_of_its_card(gpus):
+    gpus(1)
+    weights = 4 * num_parameters(ARCHITECTURES["Qwen2.5-3B"]) / 2**30
+
+    def lines(*overrides: str) -> str:
+        config = compose("grpo_gsm8k", ["device=cuda", *overrides])
+        return make_plan(config).describe(config)
+
+    text = lines("colocate=true", "inference_model.gpu_memory_utilization=0.4")
+    # Weights, gradients, two states, in float32: the whole copy is the CPU's. The reference is in bfloat16.
+    assert f"process           1 x trainer, about {4 * weights:.2f} GiB and" in text
+    assert "process           1 x inference, 0.4 of its GPU and" in text
+    assert f"process           1 x reference, about {weights / 2:.2f} GiB and" in text
+    assert "memory            of GPUs, for 3085.9 million parameters, activations not counted\n" in text
+    assert (
+        f"in turns          {3.5 * weights:.2f} GiB beside the engine sampling, {4.5 * weights:.2f} GiB training\n" in text
+    )
+    gpus(8)
+    text = lines("inference_model.tensor_parallel_size=2", "optimizer.name=adamw_offload", "objective=ot")
+    assert "1 x trainer, about 0.00 GiB and" in text  # all of it is the CPU's
+    assert "1 x inference, 0.9 of each of its 2 GPUs and" in text
+    assert "in turns" not in text
+    assert "GiB of the CPU's memory\n" in text  # the states that divergence=ot compares with
+    # An engine of transformers has what it needs, in float32.
+    assert f"1 x inference, about {weights:.0f}" in lines(TRANSFORMERS, "env.num_envs=1", "env.repeats=2")
+
+
 def test_each_gpu_has_the_processes_that_ray_gives_it(gpus):
     gpus(2)
     assert gpu_plan_of().gpus_per_process == 1 / 2  # an engine and a reference of 6 GiB on one, the trainer on the other
