@@ -28,7 +28,7 @@ class OfflinePlan:
     trained: int  # of them, or the adapters'
     in_four_bits: int  # of them
     memory_bytes: (
-        int  # estimate a rank, on a GPU of what is there: weights, gradients and optimiser; activations come on top
+        int  # estimate a rank (its GPU's, where it has one): weights, gradients, optimiser; activations come on top
     )
     num_groups: int  # to train on
     num_held_out: int
