@@ -19,6 +19,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 
 import psutil
@@ -96,7 +97,8 @@ def _started(spec: EngineSpec, output: str, start_timeout_s: float, timeout_s: f
     context = multiprocessing.get_context("spawn")
     connection, other = context.Pipe()
     process = context.Process(target=_serve, args=(other, spec, output), name="engine")
-    with _environment(engine_environment(spec) | {"VLLM_LOGGING_LEVEL": "ERROR"}):  # its warnings are for every start alike
+    # vLLM's warnings are for every start alike.
+    with _environment(engine_environment(spec) | {"VLLM_LOGGING_LEVEL": "ERROR"}), _blocked(signal.SIGINT):
         process.start()
     other.close()
     try:
@@ -112,6 +114,17 @@ def _started(spec: EngineSpec, output: str, start_timeout_s: float, timeout_s: f
         process.kill()
         process.join()
         connection.close()
+
+
+@contextmanager
+def _blocked(number: signal.Signals) -> Iterator[None]:
+    """Hold a signal back here, and for good in what is started meanwhile: Ctrl-C is the tool's while an engine imports."""
+    resource_tracker.ensure_running()  # whose own start would let it through
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def sample(
