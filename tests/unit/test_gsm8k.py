@@ -195,10 +195,15 @@ def test_the_labelled_set_is_graded_without_a_mistake():
     assert not mistakes, "\n".join(mistakes)
 
 
-def test_every_reference_solution_is_right_for_its_own_problem_and_wrong_for_the_next():
+def published_files() -> list[Path]:
     files = [SHARED_DATA / "gsm8k_train.jsonl", SHARED_DATA / "gsm8k_test.jsonl"]
     if not all(path.is_file() for path in files):
         pytest.skip(f"no GSM8K files in {SHARED_DATA}: set GRPO_SHARED_DATA")
+    return files
+
+
+def test_every_reference_solution_is_right_for_its_own_problem_and_wrong_for_the_next():
+    files = published_files()
     lines = [json.loads(line) for path in files for line in path.open()]
     assert len(lines) == 8792
     task = GSM8K({})
@@ -255,8 +260,7 @@ def test_the_ten_questions_that_ask_for_percent_without_the_word_in_their_last_s
         "train": {2364: 27, 4121: 24, 4987: 25, 5145: 86, 5475: 30, 6272: 25, 7274: 6},
         "test": {806: 70, 1012: 94, 1079: 10},
     }
-    if not SHARED_DATA.is_dir():
-        pytest.skip(f"no GSM8K files in {SHARED_DATA}: set GRPO_SHARED_DATA")
+    published_files()
     right = []
     for split, answers in rows.items():
         lines = (SHARED_DATA / f"gsm8k_{split}.jsonl").read_text().splitlines()
