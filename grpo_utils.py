@@ -89,6 +89,7 @@ def build(config: RunConfig, run_dir: Path, supervisor: Supervisor | None = None
             timeout_s,
             config.penalised,
             divisor(config.objective.aggregation, config.inference_model.max_tokens),
+            train.share_prompts,
         )
         push = connect(trainer, engines, plan.transport, config.inference_model.tensor_parallel_size, timeout_s)
         if plan.transport == "shared_memory":

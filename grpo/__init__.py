@@ -8,7 +8,7 @@ takes no time.
     mathematics     advantages, objectives/, intervals, adamw_8bit
     text to score   tasks/ (stated_numbers is of GSM8K, instructions of IFEval), rewards, shapes, grading;
                     chat: text to tokens
-    models          models, scoring, adapters, four_bit, builtin
+    models          models, scoring, shared_prompts, adapters, four_bit, builtin
     actors          trainer (trainer_state), reference, inference (engine_vllm, vllm_worker, engine_transformers);
                     pools: the driver's side of them
     weight pushes   push, weight_sync, transports; colocate

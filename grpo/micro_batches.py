@@ -23,6 +23,7 @@ def split_rows(
     num_micro_batches: int,
     max_tokens: int | None = None,
     training: torch.Tensor | None = None,
+    groups: torch.Tensor | None = None,
 ) -> list[Share]:
     """Each rank's share of a batch, in `num_micro_batches` micro-batches a rank, or more where `max_tokens` takes it.
 
@@ -30,9 +31,14 @@ def split_rows(
     carry gradient (default: all); a few others join them so that each rank can have as many. A micro-batch has at most
     B / (num_ranks * num_micro_batches) rows, and its rows times its longest row is at most `max_tokens`; each rank has as
     many of them, and each row is in one. Rows of similar length fall into one micro-batch, and the ranks' micro-batches of
-    one turn are alike, so little is padded and no rank waits long.
+    one turn are alike, so little is padded and no rank waits long. groups: int64 [B], whose rows follow one another, sorted
+    by their longest.
     """
-    order = lengths.argsort(descending=True, stable=True)
+    key = lengths
+    if groups is not None:
+        lengths = torch.zeros_like(lengths).scatter_reduce(0, groups, lengths, "amax")[groups]
+        key = lengths * len(lengths) + groups
+    order = key.argsort(descending=True, stable=True)
     trains = torch.ones(len(order), dtype=torch.bool) if training is None else training[order]
     joining = -int(trains.sum()) % num_ranks
     trains[(~trains).nonzero()[:joining, 0]] = True

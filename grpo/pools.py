@@ -20,6 +20,7 @@ from grpo.inference import Request, Sampling
 from grpo.micro_batches import split_rows
 from grpo.remote import Again, ask, get_all, get_done, wait_until_back
 from grpo.rollout import Completions
+from grpo.shared_prompts import runs
 
 # Starts the engine of that name again after the error, and has it take part in pushes, with the last one's weights or not.
 Revive = Callable[[str, ActorHandle, ActorError, bool], None]
@@ -213,13 +214,17 @@ class TrainerPool:
         timeout_s: float,
         penalised: bool = True,
         divisor: Callable[[torch.Tensor], int] = len,
+        shares_prompts: bool = False,
     ) -> None:
         """With `penalised` every rollout carries gradient, else those alone whose advantage is not 0.
+
+        With `shares_prompts` the rollouts of a group stay together.
 
         `divisor` says what a batch's loss is divided by, from its response lengths: the number of responses by default.
         """
         self.divisor = divisor
-        self.actors, self.timeout_s, self.penalised = actors, timeout_s, penalised
+        self.actors, self.timeout_s = actors, timeout_s
+        self.penalised, self.shares_prompts = penalised, shares_prompts
         self.num_micro_batches, self.max_tokens = num_micro_batches, max_tokens  # a micro-batch's most tokens
         self.order = Lock()  # of calls; shared with whoever else calls the ranks
 
@@ -233,7 +238,8 @@ class TrainerPool:
         training = batch["advantage"] != 0
         if self.penalised:
             training = training.any().expand(len(batch))
-        shares = split_rows(lengths, len(self.actors), self.num_micro_batches, self.max_tokens, training)
+        groups = runs(batch["tokens"], batch["prompt_length"]) if self.shares_prompts else None
+        shares = split_rows(lengths, len(self.actors), self.num_micro_batches, self.max_tokens, training, groups)
         count = self.divisor(batch["response_length"])
         arguments = [(batch[share.rows], share.sizes, share.num_training, count, with_log_probs) for share in shares]
         answers = self._call("step", arguments, f"taking optimiser step {number}")

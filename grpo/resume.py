@@ -61,6 +61,7 @@ MAY_CHANGE = (
             "max_tokens_per_micro_batch",
             "max_wall_time",
             "probe_frequency",
+            "share_prompts",
             "stop_when",
             "total_dialog_turns",
             "weight_transport",

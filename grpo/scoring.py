@@ -11,9 +11,12 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from grpo.errors import ConfigError
 from grpo.models import transformers_model
+from grpo.shared_prompts import lay_out
 
 LOGITS = 2**27  # that are scored at a time: 512 MiB in float32
+SHARING_TOLERANCE = 0.05  # nats a token; rounding in bfloat16 alone makes less of a difference
 TOKENS = 2**13  # that are scored at a time: more gain nothing on a GPU, and leave a CPU's cache
 
 
@@ -68,6 +71,52 @@ def token_log_probs(
     both = _LogProbsAndEntropy.apply(logits.flatten(0, 1), chosen.flatten(), temperature)
     log_probs, entropy = (torch.nn.functional.pad(values.view_as(chosen), (first, 0)) for values in both)
     return log_probs, entropy
+
+
+def shared_log_probs(
+    model: PreTrainedModel,
+    tokens: torch.Tensor,
+    prompt_length: torch.Tensor,
+    response_length: torch.Tensor,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `token_log_probs` gives for the response tokens, with each prompt computed once for the rows that follow with it.
+
+    The model must attend to all that a mask shows it, at the positions that it is told (`check_shares_prompts`).
+    """
+    layout = lay_out(tokens, prompt_length, response_length)
+    logits = model(
+        input_ids=layout.tokens,
+        position_ids=layout.positions,
+        attention_mask=torch.zeros(layout.visible.shape, device=tokens.device).masked_fill(~layout.visible, -torch.inf),
+        logits_to_keep=layout.tokens.shape[1] - layout.shortest + 1,
+    ).logits
+    logits = logits[layout.row, layout.before - layout.shortest + 1].float()
+    both = _LogProbsAndEntropy.apply(logits, tokens[layout.is_response], temperature)
+    zeros = torch.zeros(tokens.shape, device=tokens.device)
+    log_probs, entropy = (zeros.masked_scatter(layout.is_response, values) for values in both)
+    return log_probs, entropy
+
+
+@torch.no_grad()
+def check_shares_prompts(model: PreTrainedModel, device: torch.device) -> None:
+    """Raise ConfigError where a response's log-probs depend on the others in its row, by windows, recurrences or distance.
+
+    A collective, since the ranks gather the weights together.
+    """
+    config = model.config.get_text_config()
+    windows = {*(getattr(config, "layer_types", None) or ()), getattr(config, "sliding_window", None)}
+    tokens = torch.arange(12, device=device).view(3, 4) % config.vocab_size
+    tokens[:, :2] = tokens[0, :2]
+    lengths = torch.full((2, 3), 2, device=device)
+    separate = token_log_probs(model, tokens, 2, 1.0)[0]
+    shared = shared_log_probs(model, tokens, *lengths, 1.0)[0]
+    difference = float((shared - separate).abs().mean())
+    if windows - {"full_attention", None} or not difference < SHARING_TOLERANCE:
+        raise ConfigError(
+            f"train.share_prompts: {type(transformers_model(model)).__name__} does more than attend to what a mask shows it "
+            f"(log-probs of a text changed by {difference:.2g} nats a token): use train.share_prompts=false"
+        )
 
 
 @contextmanager

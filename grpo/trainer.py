@@ -48,7 +48,15 @@ from grpo.objectives.divergences import ESTIMATES, kl_penalty, token_penalty, tr
 from grpo.objectives.online import online_loss, summarise
 from grpo.offline_config import OfflineObjectiveConfig, OfflineTrainConfig
 from grpo.rollout import trim
-from grpo.scoring import last_states, score, score_text, score_with_states, token_log_probs
+from grpo.scoring import (
+    check_shares_prompts,
+    last_states,
+    score,
+    score_text,
+    score_with_states,
+    shared_log_probs,
+    token_log_probs,
+)
 from grpo.transports import make_sender, open_store
 from grpo.weight_sync import Sent, one_thread
 
@@ -182,6 +190,8 @@ class TrainerActor:
         )
         self.penalty = make_penalty(objective)
         self.compares_states = spec.charges_divergence and objective.divergence == "ot"
+        if spec.train.share_prompts:
+            check_shares_prompts(self.model, self.device)
 
     def open_pushes(
         self, transport: str, dtype: str, num_receivers: int, timeout_s: float
@@ -269,7 +279,11 @@ class TrainerActor:
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         first, mask = int(batch["prompt_length"].min()), batch["response_mask"]
         with last_states(self.model) as its_states:
-            log_probs, entropy = token_log_probs(self.model, batch["tokens"], first, self.spec.temperature)
+            if self.spec.train.share_prompts:
+                rows = batch["tokens"], batch["prompt_length"], batch["response_length"]
+                log_probs, entropy = shared_log_probs(self.model, *rows, self.spec.temperature)
+            else:
+                log_probs, entropy = token_log_probs(self.model, batch["tokens"], first, self.spec.temperature)
             states = its_states() if self.compares_states else None
         if self.spec.train.entropy_coeff == 0:
             entropy = entropy.detach()  # a metric only

@@ -5,7 +5,9 @@ With tensor parallelism every worker receives whole tensors and keeps its shard;
 together.
 """
 
+import math
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,7 +56,8 @@ def packed_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 def is_loaded(layer: torch.nn.Module) -> bool:
     """Whether a restored weight has been written over: some models' `load_weights` collects tensors first."""
-    return not bool(layer.weight[[0, -1], [0, -1]].isnan().any())
+    weight = layer.weight.data
+    return not (math.isnan(weight[0, 0]) or math.isnan(weight[-1, -1]))
 
 
 class Transfer(WeightTransferEngine[InitInfo, UpdateInfo]):
@@ -88,28 +91,38 @@ class Transfer(WeightTransferEngine[InitInfo, UpdateInfo]):
         self.complete = {name: layer for layer, name in last.items()}  # layers, by the tensor that completes them
 
     @one_thread()
+    @torch.no_grad()
     def receive_weights(self, update_info: UpdateInfo) -> None:
         arriving = self.receiver.receive(update_info.version)
-        with torch.no_grad():
-            self.model.load_weights(arriving if self.device.type != "cpu" else self._packing(arriving))
+        if self.device.type != "cpu":
+            self.model.load_weights(arriving)
+            return
+        packed: list[Future] = []
+        with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as packer:
+            self.model.load_weights(self._packing(arriving, packer, packed))
+        for layer in packed:
+            layer.result()
 
-    def _packing(self, arriving: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """What arrives; each layer is packed once its last tensor is loaded, while the next one is on its way."""
+    def _packing(
+        self, arriving: Iterator[tuple[str, torch.Tensor]], packer: ThreadPoolExecutor, packed: list[Future]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """What arrives; each layer is packed once its last tensor is loaded, while the next ones are received."""
         for name, tensor in arriving:
             yield name, tensor
             layer = self.complete.get(name)
             if layer is not None and is_loaded(layer):
-                self._pack(layer)
+                self.unpacked.remove(layer)
+                packed.append(packer.submit(self._pack, layer))
 
+    @torch.no_grad()  # which holds in the thread that said it alone
     def _pack(self, layer: torch.nn.Module) -> None:
         layer.quant_method.process_weights_after_loading(layer)
-        self.unpacked.remove(layer)
 
     def finish_weight_update(self) -> None:
         if self.device.type != "cpu":
             finalize_layerwise_reload(self.model, self.model_config)
             return
-        for layer in list(self.unpacked):  # the output layer, and what this model does not load as it arrives
+        for layer in self.unpacked:  # the output layer, and what this model does not load as it arrives
             self._pack(layer)
 
     def shutdown(self) -> None:

@@ -18,6 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -66,16 +67,18 @@ class Receipt:
 def checksum(tensor: torch.Tensor) -> int:
     """Sum of the tensor's 64-bit words modulo 2^64, as a signed integer; its bytes are padded with zeros to whole words."""
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    whole = len(data) // WORD * WORD
+    size = data.numel()
+    whole = size // WORD * WORD
     words = data[:whole]
     if words.data_ptr() % WORD:
         words = words.clone()
     total = int(words.view(torch.int64).sum())
-    if whole < len(data):
-        total += int(torch.nn.functional.pad(data[whole:], (0, WORD - (len(data) - whole))).view(torch.int64))
+    if whole < size:
+        total += int(torch.nn.functional.pad(data[whole:], (0, WORD - (size - whole))).view(torch.int64))
     return (total + 2**63) % 2**64 - 2**63
 
 
+@lru_cache
 def probe_vector(size: int) -> torch.Tensor:
     """The fixed x, float32 [size], of a projection; any slice of it is the same wherever it is made."""
     return torch.sin(torch.arange(1, size + 1, dtype=torch.float64) * 12.9898).float()

@@ -1,0 +1,75 @@
+"""Responses to one prompt in one row of a forward pass, so that the prompt is computed once for all of them.
+
+    rows [B, T]                     one row of the layout [R, L]
+
+    prompt a a a _ _                prompt a a a b b c c c _ _        tokens
+    prompt b b _ _ _       ──>      0 1 2  3 4 5 3 4 3 4 5 _ _        positions
+    prompt c c c _ _                a response sees the prompt, itself, and no other response
+
+What a causal model computes for a token depends on nothing but what it sees and where that lies, so log-probs and gradients
+are those of separate rows, but for the order of sums.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Layout:
+    """R rows of L tokens in place of B rows, which follow one another where their prompts are equal.
+
+    tokens, positions: int64 [R, L]. visible: bool [R, 1, L, L], what each token sees. is_response: bool [B, T], the rows'
+    response tokens; row, before: int64 [N], where in the layout what predicts each of them lies. shortest: the shortest
+    prompt's length, before which nothing predicts a response.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    visible: torch.Tensor
+    is_response: torch.Tensor
+    row: torch.Tensor
+    before: torch.Tensor
+    shortest: int
+
+
+def runs(tokens: torch.Tensor, prompt_length: torch.Tensor) -> torch.Tensor:
+    """int64 [B]: which run of rows [B, T] with equal prompts each row is in, counted from 0."""
+    is_prompt = torch.arange(tokens.shape[1], device=tokens.device) < prompt_length[1:, None]
+    differs = ((tokens[1:] != tokens[:-1]) & is_prompt).any(1) | (prompt_length[1:] != prompt_length[:-1])
+    return torch.nn.functional.pad(differs.long().cumsum(0), (1, 0))
+
+
+def lay_out(tokens: torch.Tensor, prompt_length: torch.Tensor, response_length: torch.Tensor) -> Layout:
+    """The layout of rows [B, T], a prompt and a response each; padding on the right."""
+    device, run = tokens.device, runs(tokens, prompt_length)
+    num_runs = int(run[-1]) + 1
+    first = torch.ones_like(run, dtype=torch.bool)  # rows that begin a run
+    first[1:] = run[1:] != run[:-1]
+    ends = response_length.cumsum(0)
+    before_run = (ends - response_length)[first][run]
+    offset = ends - response_length - before_run  # of each response in its row of the layout, behind the prompt
+    prompts = prompt_length[first]
+    sizes = prompts + torch.zeros_like(prompts).index_add(0, run, response_length)
+
+    column = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
+    is_prompt = (column < prompt_length[:, None]) & first[:, None]
+    is_response = (column >= prompt_length[:, None]) & (column < (prompt_length + response_length)[:, None])
+    place = run[:, None] * int(sizes.max()) + column + torch.where(is_response, offset[:, None], 0)
+    kept = is_prompt | is_response
+    laid = torch.zeros(3, num_runs * int(sizes.max()), dtype=torch.int64, device=device)
+    part = torch.arange(1, len(run) + 1, device=device)[:, None].expand_as(tokens)  # 0: padding, which sees itself
+    for values, here in zip((tokens, column, torch.where(is_prompt, -1, part)), laid, strict=True):
+        here[place[kept]] = values[kept]
+    packed, positions, part = laid.view(3, num_runs, -1)
+    visible = (part[:, :, None] == part[:, None]) | (part[:, None] == -1)
+    predictor = torch.where(column == prompt_length[:, None], column, place - run[:, None] * int(sizes.max())) - 1
+    return Layout(
+        tokens=packed,
+        positions=positions,
+        visible=visible.tril()[:, None],
+        is_response=is_response,
+        row=run[:, None].expand_as(tokens)[is_response],
+        before=predictor[is_response],
+        shortest=int(prompts.min()),
+    )
