@@ -275,6 +275,7 @@ def start_models(
         config.optimizer,
         config.uses_reference,
         config.diverges and config.train.kl_coef_in_loss,
+        config.train.share_prompts,
         products,
     )
     trainers = start("trainer", TrainerActor, {}, trainer_spec)

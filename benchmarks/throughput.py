@@ -100,6 +100,7 @@ class Case:
             "env.validation_size=8",
             "optimizer.lr=1e-12",
             f"train.kl_to_ref_coeff={0.001 if self.reference else 0}",
+            "train.share_prompts=false",  # as all that is kept was measured
             f"env.reward_fn={ROOT}/benchmarks/hashed_rewards.py:hashed",
         ]
         if MODELS[self.model]:

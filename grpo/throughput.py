@@ -73,6 +73,7 @@ class Work:
     in_flight: int  # responses at an engine, at most
     uses_reference: bool
     recomputes: bool = False  # gradient checkpointing
+    shares_prompts: bool = False
     engines: int = 1
     ranks: int = 1
     references: int = 1
@@ -94,6 +95,7 @@ def work_of(config: RunConfig, prompt_tokens: float, response_tokens: float, on_
         in_flight=env.num_envs * env.repeats * (config.inference_model.num_devices if on_cpu else 1),
         uses_reference=config.uses_reference,
         recomputes=config.train_model.gradient_checkpointing,
+        shares_prompts=train.share_prompts,
     )
     if on_cpu:
         return work
@@ -111,14 +113,19 @@ def amounts(shape: Shape, work: Work) -> Amounts:
 
     flops count two a multiplication and addition: a forward pass has 2 a parameter and token, and 4 a layer, dimension and
     token of context for attention; a backward pass has twice as many, of which the weights' gradients are half: frozen ones
-    have none. A group's prompt is computed once. The work of LoRA adapters themselves is not counted.
+    have none. An engine computes a group's prompt once, a reference once a response, a trainer either. The work of LoRA
+    adapters themselves is not counted.
     """
     sampled = work.responses * work.response_tokens
-    tokens = work.responses * (work.prompt_tokens + work.response_tokens)
     context = work.prompt_tokens + work.response_tokens / 2  # mean, while a response is sampled
     attention = 4 * shape.layers * shape.hidden
-    moved = tokens * shape.layers * shape.hidden * PASSES_A_LAYER + sampled * shape.vocabulary * PASSES_A_LOGIT
-    forward = tokens * (2 * shape.multiplied + attention * (work.prompt_tokens + work.response_tokens) / 2)
+
+    def passes_over(responses: int) -> tuple[float, float, float]:
+        """Tokens, numbers moved and flops forward, with so many responses behind a prompt."""
+        row = work.prompt_tokens + responses * work.response_tokens
+        tokens = work.responses / responses * row
+        moved = tokens * shape.layers * shape.hidden * PASSES_A_LAYER + sampled * shape.vocabulary * PASSES_A_LOGIT
+        return tokens, moved, tokens * (2 * shape.multiplied + attention * row / 2)
 
     own = work.responses / work.engines
     iterations = max(1.0, own / work.in_flight) * work.response_tokens
@@ -133,6 +140,7 @@ def amounts(shape: Shape, work: Work) -> Amounts:
         + own * work.response_tokens * context * shape.kv_width * work.weight_bytes,
     }
     passes = work.steps * work.micro_batches
+    tokens, moved, forward = passes_over(work.group_size if work.shares_prompts else 1)
     frozen = tokens * 2 * shape.multiplied * (shape.adapters > 0)  # gradients of weights that are not made
     training = {
         "steps": work.steps,
@@ -144,6 +152,7 @@ def amounts(shape: Shape, work: Work) -> Amounts:
         "gathered_bytes": (2 * passes * BFLOAT16 * shape.parameters + work.steps * FLOAT32 * shape.trained)
         * (work.ranks > 1),
     }
+    _, moved, forward = passes_over(1)
     scoring = {
         "calls": 1,
         "moved": moved / work.references,

@@ -91,6 +91,7 @@ class TrainerSpec:
     optimizer: OptimizerConfig
     uses_reference: bool
     charges_divergence: bool = False  # in the loss
+    shares_prompts: bool = False
     matmul_precision: str = "highest"
     lora_path: str | None = None  # of adapters that are trained on
 
@@ -162,6 +163,8 @@ class TrainerActor:
             model = load_lora(model, spec.lora_path)
         elif spec.train_model.lora.enabled:
             model = add_lora(model, spec.train_model.lora, spec.seed)
+        if spec.shares_prompts:
+            check_shares_prompts(model)
         if spec.train_model.gradient_checkpointing:
             checkpoint_gradients(model)
         self.model = shard(model, mesh, precision, offload)
@@ -190,8 +193,6 @@ class TrainerActor:
         )
         self.penalty = make_penalty(objective)
         self.compares_states = spec.charges_divergence and objective.divergence == "ot"
-        if spec.train.share_prompts:
-            check_shares_prompts(self.model, self.device)
 
     def open_pushes(
         self, transport: str, dtype: str, num_receivers: int, timeout_s: float
@@ -279,7 +280,7 @@ class TrainerActor:
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         first, mask = int(batch["prompt_length"].min()), batch["response_mask"]
         with last_states(self.model) as its_states:
-            if self.spec.train.share_prompts:
+            if self.spec.shares_prompts:
                 rows = batch["tokens"], batch["prompt_length"], batch["response_length"]
                 log_probs, entropy = shared_log_probs(self.model, *rows, self.spec.temperature)
             else:

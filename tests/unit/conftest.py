@@ -173,6 +173,7 @@ def make_trainer(model_path, monkeypatch):
             train=TrainConfig(**(PENALTIES | train)),
             optimizer=optimizer,
             uses_reference=uses_reference,
+            shares_prompts=train.get("share_prompts", False),
             charges_divergence=uses_reference and train.get("kl_coef_in_loss", True) and train.get("kl_to_ref_coeff", 1) > 0,
         )
         trainer = OneRank(spec)

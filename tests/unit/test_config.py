@@ -181,6 +181,14 @@ BAD_VALUES = [
     (["objective.ot_epsilon=0"], "objective.ot_epsilon (0.0) must be above 0"),
     (["objective.ot_iterations=0"], "objective.ot_iterations (0) must be at least 1"),
     (
+        ["objective=ot", "train.share_prompts=true"],
+        "train.share_prompts (True) must be false with objective.divergence=ot",
+    ),
+    (
+        ["model.attn_implementation=flash_attention_2", "train.share_prompts=true"],
+        "train.share_prompts (True) needs model.attn_implementation=sdpa or eager",
+    ),
+    (
         ["objective=ot", "train.kl_coef_in_loss=false"],
         "objective.divergence (ot) must be k1, k2 or k3 with train.kl_coef_in_loss=false",
     ),

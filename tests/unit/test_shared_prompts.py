@@ -2,9 +2,15 @@
 
 import pytest
 import torch
+from tensordict import TensorDict
+from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaConfig, MistralConfig, PreTrainedConfig
 
-from grpo.scoring import shared_log_probs, token_log_probs
+from grpo.errors import ConfigError
+from grpo.micro_batches import split_rows
+from grpo.scoring import check_shares_prompts, shared_log_probs, token_log_probs
 from grpo.shared_prompts import lay_out, runs
+
+from .trainers import largest_difference, weights
 
 
 def rows(seed: int, groups: list[int], vocabulary: int = 50) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -71,3 +77,75 @@ def test_what_another_response_says_changes_nothing(model):
     assert torch.equal(after[0], before[0])
     assert torch.equal(after[2], before[2])
     assert not torch.equal(after[1], before[1])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rows_of_a_group_stay_together_and_no_micro_batch_is_over_its_budget(seed):
+    generator = torch.Generator().manual_seed(seed)
+    groups = torch.arange(12).repeat_interleave(4)
+    lengths = torch.randint(1, 60, (48,), generator=generator)
+    for share in split_rows(lengths, 2, 2, groups=groups):
+        assert share.sizes == [12, 12]
+        for part in groups[share.rows].split(share.sizes):
+            assert len(part.unique()) == 3
+    shares = split_rows(lengths, 2, 2, 150, groups=groups)
+    assert sorted(torch.cat([share.rows for share in shares]).tolist()) == list(range(48))
+    for share in shares:
+        assert all(int(part.max()) * len(part) <= 150 for part in lengths[share.rows].split(share.sizes))
+
+
+def test_a_step_moves_the_weights_as_it_does_without(make_trainer):
+    tokens, prompt_length, response_length = rows(0, [4, 4])
+    column = torch.arange(tokens.shape[1])
+    mask = (column >= prompt_length[:, None]) & (column < (prompt_length + response_length)[:, None])
+    sampled = torch.where(mask, -2.0, 0.0)
+    batch = TensorDict(
+        tokens=tokens,
+        prompt_length=prompt_length,
+        response_length=response_length,
+        response_mask=mask,
+        inference_log_probs=sampled,
+        reference_log_probs=1.1 * sampled,
+        advantage=torch.linspace(-1, 1, 8),
+        batch_size=[8],
+    )
+    after, metrics, log_probs = [], [], []
+    for shared in (True, False):
+        trainer = make_trainer(share_prompts=shared, gradient_accumulation_steps=2)
+        before = weights(trainer)
+        found, its = trainer.step(batch, with_log_probs=True)
+        after.append(weights(trainer))
+        metrics.append(found)
+        log_probs.append(its)
+    moved = largest_difference(after[0], before)
+    assert moved > 1e-2
+    assert largest_difference(*after) < 1e-4 * moved
+    assert metrics[0] == pytest.approx(metrics[1], rel=1e-4, abs=1e-6)
+    assert torch.allclose(*log_probs, atol=1e-5)
+
+
+SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("config", "shares"),
+    [
+        (LlamaConfig(**SMALL), True),
+        (GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2), True),
+        (MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=None), True),
+        (MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=128), False),  # further back than the check looks
+        (BloomConfig(vocab_size=64, hidden_size=16, n_layer=2, n_head=2), False),  # biases by distance in the row
+    ],
+    ids=lambda value: value.model_type if isinstance(value, PreTrainedConfig) else None,
+)
+def test_models_that_do_more_than_attend_by_a_mask_are_refused(config, shares):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    if shares:
+        check_shares_prompts(model)
+    else:
+        with pytest.raises(ConfigError, match=r"use train\.share_prompts=false"):
+            check_shares_prompts(model)

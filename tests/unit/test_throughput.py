@@ -88,6 +88,16 @@ def test_a_tied_table_is_multiplied_too_and_recomputing_is_another_forward_pass(
     assert isclose(again, amounts(SHAPE, WORK)["train"]["flops"] * 4 / 3)
 
 
+def test_a_prompt_that_is_shared_is_trained_on_once_a_group_in_rows_that_are_longer():
+    found, separate = (amounts(SHAPE, replace(WORK, shares_prompts=shared)) for shared in (True, False))
+    tokens = 2 * (6 + 4 * 10)
+    assert found["train"]["moved"] == tokens * 3 * 2 * 20 + 80 * 10 * 6
+    assert found["train"]["flops"] == 3 * tokens * (160 + 24 * 46 / 2)
+    assert {phase: its for phase, its in found.items() if phase != "train"} == {
+        phase: its for phase, its in separate.items() if phase != "train"
+    }
+
+
 def test_with_adapters_the_other_weights_have_no_gradients_and_no_update():
     whole_model, adapted = (amounts(replace(SHAPE, adapters=n), replace(WORK, ranks=2)) for n in (0, 7))
     # 8 responses of 16 tokens, 80 parameters, half of a backward pass; shared by 2 ranks.
