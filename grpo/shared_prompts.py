@@ -43,33 +43,32 @@ def runs(tokens: torch.Tensor, prompt_length: torch.Tensor) -> torch.Tensor:
 def lay_out(tokens: torch.Tensor, prompt_length: torch.Tensor, response_length: torch.Tensor) -> Layout:
     """The layout of rows [B, T], a prompt and a response each; padding on the right."""
     device, run = tokens.device, runs(tokens, prompt_length)
-    num_runs = int(run[-1]) + 1
     first = torch.ones_like(run, dtype=torch.bool)  # rows that begin a run
     first[1:] = run[1:] != run[:-1]
-    ends = response_length.cumsum(0)
-    before_run = (ends - response_length)[first][run]
-    offset = ends - response_length - before_run  # of each response in its row of the layout, behind the prompt
-    prompts = prompt_length[first]
-    sizes = prompts + torch.zeros_like(prompts).index_add(0, run, response_length)
+    prompts, starts = prompt_length[first], response_length.cumsum(0) - response_length
+    offset = starts - starts[first][run]  # of a response in its row of the layout, besides its prompt
+    sizes = prompts.index_add(0, run, response_length)
+    shape = len(sizes), int(sizes.max())
 
     column = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
     is_prompt = (column < prompt_length[:, None]) & first[:, None]
     is_response = (column >= prompt_length[:, None]) & (column < (prompt_length + response_length)[:, None])
-    place = run[:, None] * int(sizes.max()) + column + torch.where(is_response, offset[:, None], 0)
     kept = is_prompt | is_response
-    laid = torch.zeros(3, num_runs * int(sizes.max()), dtype=torch.int64, device=device)
-    part = torch.arange(1, len(run) + 1, device=device)[:, None].expand_as(tokens)  # 0: padding, which sees itself
-    for values, here in zip((tokens, column, torch.where(is_prompt, -1, part)), laid, strict=True):
-        here[place[kept]] = values[kept]
-    packed, positions, part = laid.view(3, num_runs, -1)
-    visible = (part[:, :, None] == part[:, None]) | (part[:, None] == -1)
-    predictor = torch.where(column == prompt_length[:, None], column, place - run[:, None] * int(sizes.max())) - 1
+    place = column + torch.where(is_response, offset[:, None], 0)
+    here = run[:, None].expand_as(tokens)[kept], place[kept]
+    part = torch.where(is_prompt, -1, torch.arange(1, len(run) + 1, device=device)[:, None])  # 0: padding, which sees itself
+    laid, positions, parts = (
+        torch.zeros(shape, dtype=torch.int64, device=device).index_put(here, values[kept])
+        for values in (tokens, column, part)
+    )
+    visible = (parts[:, :, None] == parts[:, None]) | (parts[:, None] == -1)
+    before = torch.where(column == prompt_length[:, None], column, place) - 1
     return Layout(
-        tokens=packed,
+        tokens=laid,
         positions=positions,
         visible=visible.tril()[:, None],
         is_response=is_response,
         row=run[:, None].expand_as(tokens)[is_response],
-        before=predictor[is_response],
+        before=before[is_response],
         shortest=int(prompts.min()),
     )
