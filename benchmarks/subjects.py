@@ -37,6 +37,7 @@ def configuration(subject: str, steps: int, *overrides: str) -> RunConfig:
             f"train.dialog_turns_per_batch={responses}",
             f"train.optim_batch_size={responses}",
             "train.gradient_accumulation_steps=8",
+            "train.share_prompts=false",  # responses are a dozen times as long
         ]
     return compose("grpo_arithmetic", [*chosen, f"train.total_dialog_turns={steps * responses}", *overrides])
 

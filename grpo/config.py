@@ -121,18 +121,11 @@ class RunConfig:
             f"must be at least env.max_prompt_length ({self.env.max_prompt_length}) + inference_model.max_tokens "
             f"({self.inference_model.max_tokens}): one row must fit",
         )
-        check(
-            not train.share_prompts or self.model.attn_implementation in ("eager", "sdpa"),
-            "train.share_prompts",
-            train.share_prompts,
-            f"needs model.attn_implementation=sdpa or eager, which attend by a mask; it is {self.model.attn_implementation}",
-        )
-        check(
-            not train.share_prompts or self.anchor is None,
-            "train.share_prompts",
-            train.share_prompts,
-            "must be false with objective.divergence=ot, which compares the hidden states of separate rows",
-        )
+        for holds, rule in (
+            (self.model.attn_implementation in ("eager", "sdpa"), "needs model.attn_implementation=sdpa or eager"),
+            (self.anchor is None, "must be false with objective.divergence=ot, which compares the states of separate rows"),
+        ):
+            check(holds or not train.share_prompts, "train.share_prompts", train.share_prompts, rule)
         check(
             self.ref_model.num_devices != 0 or self.train_model.lora.enabled or not self.uses_reference,
             "ref_model.num_devices",

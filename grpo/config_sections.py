@@ -267,9 +267,9 @@ class TrainConfig:
     epochs: int = 1  # times a response is trained on, at most
     optim_batch_size: int = 512  # responses an optimiser step
     gradient_accumulation_steps: int = 1  # micro-batches a step and rank, at least
-    max_tokens_per_micro_batch: int | None = None  # rows x longest row; more micro-batches are made where it takes them
-    # A prompt is computed once for all its group's responses in a micro-batch, which then are one row of it: less to compute
-    # where prompts are long beside responses. The gradient is the same
+    max_tokens_per_micro_batch: int | None = None  # rows x longest row of a pass; more are made where it takes them
+    # A prompt is computed once for all its group's responses, which then are one row of a micro-batch: less to compute where
+    # prompts are long beside responses. The gradient is the same, LoRA's dropout aside
     share_prompts: bool = False
     mixed_precision: str = "none"  # of the passes: none (float32), bf16, fp16; weights and optimiser stay float32
     sync_iter: bool = True  # sync; false: collect the next batch while optimising (staleness at most 1)

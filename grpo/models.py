@@ -224,9 +224,10 @@ def reshard(model: torch.nn.Module) -> None:
 
 
 def _whole(parameter: torch.nn.Parameter) -> torch.Tensor:
-    if not isinstance(parameter, DTensor):
-        return parameter.detach()
-    tensor = parameter.to(parameter.device_mesh.device_type)  # where offloaded shards are not
+    tensor = parameter.detach()
+    if not isinstance(tensor, DTensor):
+        return tensor
+    tensor = tensor.to(tensor.device_mesh.device_type)  # where offloaded shards are not
     return tensor.full_tensor() if tensor.device_mesh.size() > 1 else tensor.to_local()  # which copies nothing
 
 
@@ -236,7 +237,6 @@ def tied_names(model: PreTrainedModel | PeftModel) -> dict[str, str]:
     return dict(base.all_tied_weights_keys) if base.config.tie_word_embeddings else {}
 
 
-@torch.no_grad()
 def export(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
     """Write the whole model, adapters merged, in transformers format from rank 0. A collective.
 

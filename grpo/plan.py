@@ -27,6 +27,7 @@ from grpo.memory import (
 from grpo.models import read_config
 from grpo.nodes import Node, cluster_nodes, find_address, join_cluster
 from grpo.placement import num_threads, place_roles
+from grpo.shared_prompts import check_attends_to_all
 from grpo.sources import BUILTIN, LARGE, stated_parameters
 from grpo.throughput import forecast, shape_of
 
@@ -253,6 +254,8 @@ def make_plan(config: RunConfig) -> Plan:
     model = find_architecture(config.model.name, device)
     length = check_positions(config, model)
     check_heads(config, model)
+    if config.train.share_prompts:
+        check_attends_to_all(model)
     if config.colocate:
         check_colocate(config, device)
     roles = {

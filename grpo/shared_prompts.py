@@ -13,6 +13,24 @@ are those of separate rows, but for the order of sums.
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedConfig
+
+from grpo.errors import ConfigError
+
+MULTIPLE = 8  # of a row's tokens: a GPU's kernels copy masks of other sizes, once a layer
+WINDOWS = "sliding_window", "window_size", "attention_window_size", "attention_chunk_size"
+
+
+def check_attends_to_all(model: PreTrainedConfig) -> None:
+    """Raise ConfigError where a token sees but a part of what is before it: others in its row would push that out."""
+    config = model.get_text_config()
+    kinds = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
+    kinds |= {name for name in WINDOWS if getattr(config, name, None) is not None}
+    if kinds:
+        raise ConfigError(
+            f"train.share_prompts: layers of {config.model_type} do not attend to all that is before a token "
+            f"({', '.join(sorted(kinds))}): use train.share_prompts=false"
+        )
 
 
 @dataclass(frozen=True)
@@ -48,7 +66,7 @@ def lay_out(tokens: torch.Tensor, prompt_length: torch.Tensor, response_length: 
     prompts, starts = prompt_length[first], response_length.cumsum(0) - response_length
     offset = starts - starts[first][run]  # of a response in its row of the layout, besides its prompt
     sizes = prompts.index_add(0, run, response_length)
-    shape = len(sizes), int(sizes.max())
+    shape = len(sizes), -(-int(sizes.max()) // MULTIPLE) * MULTIPLE
 
     column = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
     is_prompt = (column < prompt_length[:, None]) & first[:, None]

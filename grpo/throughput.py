@@ -121,11 +121,14 @@ def amounts(shape: Shape, work: Work) -> Amounts:
     attention = 4 * shape.layers * shape.hidden
 
     def passes_over(responses: int) -> tuple[float, float, float]:
-        """Tokens, numbers moved and flops forward, with so many responses behind a prompt."""
+        """Tokens, numbers moved and flops forward, with so many responses behind a prompt.
+
+        A causal pass computes half of a row's pairs, one with a mask of its own all of them.
+        """
         row = work.prompt_tokens + responses * work.response_tokens
         tokens = work.responses / responses * row
         moved = tokens * shape.layers * shape.hidden * PASSES_A_LAYER + sampled * shape.vocabulary * PASSES_A_LOGIT
-        return tokens, moved, tokens * (2 * shape.multiplied + attention * row / 2)
+        return tokens, moved, tokens * (2 * shape.multiplied + attention * row / (2 if responses == 1 else 1))
 
     own = work.responses / work.engines
     iterations = max(1.0, own / work.in_flight) * work.response_tokens

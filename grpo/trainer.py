@@ -164,7 +164,7 @@ class TrainerActor:
         elif spec.train_model.lora.enabled:
             model = add_lora(model, spec.train_model.lora, spec.seed)
         if spec.shares_prompts:
-            check_shares_prompts(model)
+            check_shares_prompts(model, self._rounding())
         if spec.train_model.gradient_checkpointing:
             checkpoint_gradients(model)
         self.model = shard(model, mesh, precision, offload)
@@ -205,10 +205,14 @@ class TrainerActor:
         parameters = list(base_parameters(self.model))
         host = ray.util.get_node_ip_address()
         self.sender = make_sender(transport, host, parameters, dtype, num_receivers, timeout_s)
-        own_dtype = str(DTYPES[self.spec.train.mixed_precision]).removeprefix("torch.")
-        if own_dtype == "float32":  # whose products may be rounded
-            own_dtype = {"highest": "float32", "high": "float16", "medium": "bfloat16"}[self.spec.matmul_precision]
-        return self.sender.description(), tied_names(self.model), own_dtype
+        return self.sender.description(), tied_names(self.model), self._rounding()
+
+    def _rounding(self) -> str:
+        """The dtype whose rounding this rank's products have."""
+        dtype = str(DTYPES[self.spec.train.mixed_precision]).removeprefix("torch.")
+        if dtype != "float32":
+            return dtype
+        return {"highest": "float32", "high": "float16", "medium": "bfloat16"}[self.spec.matmul_precision]
 
     def join_pushes(self) -> None:
         """Wait until every engine takes part."""

@@ -92,7 +92,7 @@ def test_a_prompt_that_is_shared_is_trained_on_once_a_group_in_rows_that_are_lon
     found, separate = (amounts(SHAPE, replace(WORK, shares_prompts=shared)) for shared in (True, False))
     tokens = 2 * (6 + 4 * 10)
     assert found["train"]["moved"] == tokens * 3 * 2 * 20 + 80 * 10 * 6
-    assert found["train"]["flops"] == 3 * tokens * (160 + 24 * 46 / 2)
+    assert found["train"]["flops"] == 3 * tokens * (160 + 24 * 46)
     assert {phase: its for phase, its in found.items() if phase != "train"} == {
         phase: its for phase, its in separate.items() if phase != "train"
     }
