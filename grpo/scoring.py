@@ -86,14 +86,17 @@ def shared_log_probs(
     The model must attend to all that a mask shows it, at the positions that it is told (`check_shares_prompts`).
     """
     layout = lay_out(tokens, prompt_length, response_length)
+    kept = layout.tokens.shape[1] - layout.shortest + 1
     logits = model(
         input_ids=layout.tokens,
         position_ids=layout.positions,
         attention_mask=torch.where(layout.visible, 0.0, -torch.inf),
-        logits_to_keep=layout.tokens.shape[1] - layout.shortest + 1,
+        logits_to_keep=kept,
     ).logits
-    logits = logits[layout.row, layout.before - layout.shortest + 1].float()
-    both = _LogProbsAndEntropy.apply(logits, tokens[layout.is_response], temperature)
+    # Indexing would add up the gradients of what predicts several tokens, a group's first ones, in any order.
+    places = layout.row * kept + layout.before - layout.shortest + 1
+    chosen = torch.nn.functional.embedding(places, logits.flatten(0, 1)).float()
+    both = _LogProbsAndEntropy.apply(chosen, tokens[layout.is_response], temperature)
     zeros = torch.zeros(tokens.shape, device=tokens.device)
     log_probs, entropy = (zeros.masked_scatter(layout.is_response, values) for values in both)
     return log_probs, entropy

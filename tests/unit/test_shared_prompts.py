@@ -70,6 +70,21 @@ def test_log_probs_entropies_and_gradients_are_those_of_separate_rows(model, see
     assert float((gradient - its_gradient).norm()) < 1e-5 * float(its_gradient.norm())
 
 
+def test_the_gradient_is_the_same_to_the_last_bit_every_time(model):
+    """The first tokens of a group are predicted by one position: threads must not add to its gradient in any order."""
+    batch = rows(0, [200])  # enough that two threads share the work
+    weight = torch.randn(batch[0].shape, generator=torch.Generator().manual_seed(1))
+    threads, found = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        for _ in range(6):
+            log_probs = shared_log_probs(model, *batch, 1.0)[0]
+            found.append(torch.autograd.grad((log_probs * weight).sum(), model.model.embed_tokens.weight)[0])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(other, found[0]) for other in found[1:])
+
+
 def test_what_another_response_says_changes_nothing(model):
     tokens, prompt_length, response_length = rows(3, [3])
     before = shared_log_probs(model, tokens, prompt_length, response_length, 1.0)[0]
