@@ -176,7 +176,7 @@ class Supervisor:
             try:
                 wait_until_back(actor, name, timeout_s)
             except ActorError as gone:
-                # An error without a cause is of a death after which Ray tried once more.
+                # An error that has no cause is of an earlier death: Ray was starting it again.
                 told = gone if not gone.died or str(error).endswith(GONE) else error
                 raise ActorError(str(told), name, gone.log) from None
             self.tell(name, str(error))

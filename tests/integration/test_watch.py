@@ -46,7 +46,7 @@ class Eating(Sleeping):
         for _ in range(32):
             self.eaten.append(np.ones(1 << 24))  # 128 MiB
             time.sleep(0.05)
-        time.sleep(60)
+        time.sleep(300)
 
 
 class SleepingLoop(Sleeping):
@@ -129,24 +129,24 @@ def test_an_actor_that_ray_ends_for_memory_is_said_to_be_and_no_other(monkeypatc
     monkeypatch.setenv("RAY_memory_usage_threshold", str(threshold))
     monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "200")
     full = r"Ray ended it, since its machine's memory was almost full \([\d.]+ of [\d.]+ GiB; docs/memory.md says .*\)"
-    supervisor = Supervisor(RayConfig())
+    supervisor, timeout_s = Supervisor(RayConfig()), CONFIG.start_timeout_s
     with ExitStack() as closing:
         start_ray(CONFIG, 2, closing)
         closing.enter_context(supervisor.watching())
 
         def started(name: str, most: int) -> ActorHandle:
             (actor,) = start_actors(Eating, [ANYWHERE], "cpu", 0, 1, {}, restarts=[most])
-            get(actor.pid.remote(), 60, name, "starting")
+            get(actor.pid.remote(), timeout_s, name, "starting")
             supervisor.watch({name: actor})
             return actor
 
         def warning_of_death(name: str, actor: ActorHandle, kill: bool) -> str:
-            pid = get(actor.pid.remote(), 60, name, "telling its process")
+            pid = get(actor.pid.remote(), timeout_s, name, "telling its process")
             call = actor.eat.remote()
             if kill:
                 os.kill(pid, signal.SIGKILL)
             with pytest.raises(ActorError, match=f"^{name} died while eating: its process is gone$") as error:
-                get(call, 60, name, "eating")
+                get(call, timeout_s, name, "eating")
             supervisor.bring_back(name, actor, error.value, actor.pid.remote)
             lines = capsys.readouterr().err.splitlines()
             (said,) = [line for line in lines if line.startswith("Warning: ")]  # Ray has words of its own
@@ -160,9 +160,10 @@ def test_an_actor_that_ray_ends_for_memory_is_said_to_be_and_no_other(monkeypatc
         assert "memory" not in warning_of_death("the other", other, kill=True)
         ray.kill(other)  # else Ray might choose it
         assert "memory" not in warning_of_death("the eater", eater, kill=True)
-        with pytest.raises(ActorError, match=f"^the eater died while eating: {full}$") as error:
-            get(eater.eat.remote(), 60, "the eater", "eating")
-        with pytest.raises(ActorError, match=f"^the eater died while eating: {full}$"):
+        with pytest.raises(ActorError, match=r"^the eater died while eating: ") as error:
+            get(eater.eat.remote(), timeout_s, "the eater", "eating")
+        # Where Ray takes over a second to tell of the death, the call has no cause, and coming back has it.
+        with pytest.raises(ActorError, match=f"^the eater died while (eating|being started again): {full}$"):
             supervisor.bring_back("the eater", eater, error.value, eater.pid.remote)
     assert supervisor.counts == {"the eater": 2, "the other": 1}
 
