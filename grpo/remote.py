@@ -39,6 +39,7 @@ LOG_LINES, LOG_BYTES = 3, 4096
 HEARTBEATS = {"heartbeat": 1}  # the concurrency group, of one thread, in which an actor says that it is alive
 # What a call ends with whose actor is gone. Only the first says so by its class: Ray names others after the cause.
 DEATHS = RayActorError, OutOfMemoryError, NodeDiedError, ActorUnschedulableError
+GONE = "its process is gone"  # all that a call says whose actor Ray starts again
 
 # What to wait for instead of a call whose actor (its name) has died; None: nothing. Raises where the run cannot go on.
 Again = Callable[[str, ActorError], ObjectRef | None]
@@ -201,12 +202,21 @@ def wait_until_back(actor: ActorHandle, name: str, timeout_s: float) -> None:
 
 def _reason(error: RayError) -> str:
     """Why the actor died, without Ray's list of what may be the cause of any death."""
+    if isinstance(error, OutOfMemoryError):
+        return of_memory(str(error))
     if isinstance(error, RayActorError) and not isinstance(error, ActorDiedError):
-        return "its process is gone"
+        return GONE
     text = one_line(error)
     found = re.search(r"Worker exit detail: (.*)", text) or re.search(r"The actor is dead because (.*)", text)
     text = found.group(1) if found else text
     return re.split(r" (?:Some common causes include|There are some potential root causes)", text)[0].rstrip(".")[:400]
+
+
+def of_memory(text: str) -> str:
+    """The same of a process that Ray ended for its machine's memory, from the `text` that Ray has of it."""
+    found = re.search(r"was ([\d.]+)GB used / ([\d.]+)GB limit", text)  # it counts 2^30 bytes
+    figures = f"{found[1]} of {found[2]} GiB; " if found else ""
+    return f"Ray ended it, since its machine's memory was almost full ({figures}docs/memory.md says what to lower)"
 
 
 def last_lines(error: RayError) -> tuple[str, ...]:

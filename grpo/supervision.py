@@ -24,13 +24,15 @@ from typing import Any
 import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
+from ray.core.generated.common_pb2 import NODE_OUT_OF_MEMORY
+from ray.core.generated.gcs_pb2 import WorkerTableData
 from ray.exceptions import ActorUnavailableError, RaySystemError
 
 from grpo.config_sections import RayConfig
 from grpo.errors import ActorError, times
 from grpo.leftovers import marked
 from grpo.preemption import REQUEST, Preempted, listen
-from grpo.remote import DEATHS, ask, get_all, wait_until_back
+from grpo.remote import DEATHS, GONE, ask, get_all, of_memory, wait_until_back
 from grpo.resume import Config
 
 PROCESSES = Path("/proc")  # where there is one
@@ -89,7 +91,8 @@ class Supervisor:
         self.watched: dict[str, ActorHandle] = {}
         self._watch: Watch | None = None
         self.fallen: set[str] = set()
-        self.told: Counter[str] = Counter()  # restarts of an actor that were said
+        self.told: Counter[str] = Counter()  # restarts of an actor that were said,
+        self.told_of: set[bytes] = set()  # and Ray's ids of processes that it was said to have ended for memory
         self.at: Callable[[], int] | None = None  # the optimiser step that the run is behind, once there is one
         self.counts: Counter[str] = Counter()  # by the actors' names
         self.mended: Counter[str] = Counter()  # of those, the ones after which the run went on
@@ -173,7 +176,9 @@ class Supervisor:
             try:
                 wait_until_back(actor, name, timeout_s)
             except ActorError as gone:
-                raise ActorError(str(error if gone.died else gone), name, gone.log) from None
+                # An error that has no cause is of an earlier death: Ray was starting it again.
+                told = gone if not gone.died or str(error).endswith(GONE) else error
+                raise ActorError(str(told), name, gone.log) from None
             self.tell(name, str(error))
             try:
                 get_all({name: start()}, timeout_s, "starting", key)
@@ -191,8 +196,17 @@ class Supervisor:
         count = self._count(name)
         if count > self.told[name]:
             self.told[name] = count
+            if cause := self._cause(name):
+                why = f"{why.removesuffix(f': {GONE}')}: {cause}"
             where = f" behind step {self.at()}" if self.at else ""
             print(f"Warning: {why}; it is started again{where} (restart {count} of at most {self.most})", file=sys.stderr)
+
+    def _cause(self, name: str) -> str | None:
+        """Why Ray ended a process of this actor, where it did so for memory and that has not been said."""
+        ended = ended_for_memory(self.watched[name])
+        new = ended.keys() - self.told_of
+        self.told_of |= new
+        return of_memory(ended[new.pop()]) if new else None
 
     def take_fallen(self) -> set[str]:
         """The actors that have died since the last call, by their names; Ray may have started them again."""
@@ -208,6 +222,11 @@ class Supervisor:
         thread.start()
         try:
             yield
+        except ActorError as error:
+            if error.actor in self.watched and str(error).endswith(GONE):
+                with suppress(RaySystemError):  # Ray itself is gone, which is not to hide why
+                    error.args = (str(error).replace(GONE, self._cause(error.actor) or GONE),)
+            raise
         finally:
             self._watch.ended.set()
             thread.join()
@@ -242,6 +261,19 @@ def life(actor: ActorHandle) -> tuple[int, bool]:
     if not told:  # it was not even begun with
         return 0, False
     return told["NumRestarts"], told["State"] == "DEAD"
+
+
+def ended_for_memory(actor: ActorHandle) -> dict[bytes, str]:
+    """Of its processes those that Ray ended for their machine's memory: Ray's ids of them, and what it wrote."""
+    found = {}
+    for row in ray._private.state.state._connect_and_get_accessor().get_worker_table():
+        worker = WorkerTableData.FromString(row)
+        its = worker.worker_address.worker_id
+        # The text has a line for each process that was looked at, also those that stay.
+        line = rf"Actor\({actor._actor_id.hex()}\).*worker ID={its.hex()}\b"
+        if worker.exit_type == NODE_OUT_OF_MEMORY and re.search(line, worker.exit_detail):
+            found[its] = worker.exit_detail
+    return found
 
 
 @dataclass

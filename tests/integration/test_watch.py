@@ -1,14 +1,17 @@
 """The watch over real actors: long work is no silence, a stopped process is found out, and Ray starts it again."""
 
 import os
+import re
 import signal
 import sys
 import time
 from contextlib import ExitStack
 
+import numpy as np
 import psutil
 import pytest
 import ray
+from ray.actor import ActorHandle
 
 from grpo.cluster import ANYWHERE, start_actors, start_ray
 from grpo.config_sections import RayConfig
@@ -34,6 +37,16 @@ class Sleeping:
     def die(self) -> None:
         print("my last words", file=sys.stderr, flush=True)
         os._exit(3)
+
+
+class Eating(Sleeping):
+    def eat(self) -> None:
+        """Takes 4 GiB, and waits to be ended for it."""
+        self.eaten = []
+        for _ in range(32):
+            self.eaten.append(np.ones(1 << 24))  # 128 MiB
+            time.sleep(0.05)
+        time.sleep(300)
 
 
 class SleepingLoop(Sleeping):
@@ -106,6 +119,53 @@ def test_long_work_is_no_silence_and_a_stopped_process_is_killed_and_started_aga
         with pytest.raises(ActorError, match=r"^Sleeping died while dying: "):
             supervisor.bring_back("Sleeping", actors["Sleeping"], error.value, actors["Sleeping"].pid.remote)
     assert supervisor.counts == {"SleepingLoop": 1, "Sleeping": 1}
+
+
+@pytest.mark.skipif(psutil.virtual_memory().available < 6 << 30, reason="less than 6 GiB of memory are free")
+def test_an_actor_that_ray_ends_for_memory_is_said_to_be_and_no_other(monkeypatch, capsys):
+    """Ray takes the machine's memory for full at 3 GiB more than there are in use."""
+    memory = psutil.virtual_memory()
+    threshold = (memory.total - memory.available + (3 << 30)) / memory.total
+    monkeypatch.setenv("RAY_memory_usage_threshold", str(threshold))
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "200")
+    full = r"Ray ended it, since its machine's memory was almost full \([\d.]+ of [\d.]+ GiB; docs/memory.md says .*\)"
+    supervisor, timeout_s = Supervisor(RayConfig()), CONFIG.start_timeout_s
+    with ExitStack() as closing:
+        start_ray(CONFIG, 2, closing)
+        closing.enter_context(supervisor.watching())
+
+        def started(name: str, most: int) -> ActorHandle:
+            (actor,) = start_actors(Eating, [ANYWHERE], "cpu", 0, 1, {}, restarts=[most])
+            get(actor.pid.remote(), timeout_s, name, "starting")
+            supervisor.watch({name: actor})
+            return actor
+
+        def warning_of_death(name: str, actor: ActorHandle, kill: bool) -> str:
+            pid = get(actor.pid.remote(), timeout_s, name, "telling its process")
+            call = actor.eat.remote()
+            if kill:
+                os.kill(pid, signal.SIGKILL)
+            with pytest.raises(ActorError, match=f"^{name} died while eating: its process is gone$") as error:
+                get(call, timeout_s, name, "eating")
+            supervisor.bring_back(name, actor, error.value, actor.pid.remote)
+            lines = capsys.readouterr().err.splitlines()
+            (said,) = [line for line in lines if line.startswith("Warning: ")]  # Ray has words of its own
+            return said
+
+        eater = started("the eater", 2)
+        said = warning_of_death("the eater", eater, kill=False)
+        died = rf"the eater died( while eating)?: {full}"  # whether the watch hears of it first is chance
+        assert re.fullmatch(rf"Warning: {died}; it is started again \(restart 1 of at most 3\)", said)
+        other = started("the other", 1)
+        assert "memory" not in warning_of_death("the other", other, kill=True)
+        ray.kill(other)  # else Ray might choose it
+        assert "memory" not in warning_of_death("the eater", eater, kill=True)
+        with pytest.raises(ActorError, match=r"^the eater died while eating: ") as error:
+            get(eater.eat.remote(), timeout_s, "the eater", "eating")
+        # Where Ray takes over a second to tell of the death, the call has no cause, and coming back has it.
+        with pytest.raises(ActorError, match=f"^the eater died while (eating|being started again): {full}$"):
+            supervisor.bring_back("the eater", eater, error.value, eater.pid.remote)
+    assert supervisor.counts == {"the eater": 2, "the other": 1}
 
 
 def test_ray_listens_to_this_machine_alone_has_no_worker_in_advance_and_ends_with_its_stopped_processes():

@@ -11,6 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 import ray
+from ray.core.generated.common_pb2 import NODE_OUT_OF_MEMORY, SYSTEM_ERROR, Address
+from ray.core.generated.gcs_pb2 import WorkerTableData
 from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RaySystemError
 
 import grpo_utils
@@ -19,11 +21,21 @@ from grpo.config_sections import RayConfig
 from grpo.errors import ActorError
 from grpo.launch import compose
 from grpo.preemption import REQUEST, Preempted
+from grpo.remote import GONE
 from grpo.supervision import Supervisor, Watch, is_at_work, role, supervised
 
 
 def died(actor: str = "inference actor 1", log: tuple[str, ...] = ()) -> ActorError:
     return ActorError(f"{actor} died while sampling", actor, log, died=True)
+
+
+@pytest.fixture(autouse=True)
+def workers(monkeypatch) -> list[WorkerTableData]:
+    """Ray's table of the processes that it has started, to be filled."""
+    rows: list[WorkerTableData] = []
+    table = SimpleNamespace(get_worker_table=lambda: [row.SerializeToString() for row in rows])
+    monkeypatch.setattr(ray._private.state.state, "_connect_and_get_accessor", lambda: table)
+    return rows
 
 
 @pytest.mark.parametrize(
@@ -204,6 +216,85 @@ def test_only_what_ray_starts_again_is_said_to_be(monkeypatch, capsys):
     monkeypatch.setattr(ray._private.state, "actors", lambda actor_id: {"NumRestarts": 1, "State": "ALIVE"})
     supervisor._heard_of_death("the training actor")
     assert "(restart 2 of at most 3)" in capsys.readouterr().err
+
+
+ENGINE, REFERENCE, TRAINER = "48cf2c4639462b116721ec1301000000", "137b6bb9e9a17dea4d5cec5701000000", "da460abc71584a54"
+FIRST, SECOND = "a04c8471733aef79a8990a97501528ab", "5692fd9ae2eaa73f425d1df449905687"
+# As Ray 2.60 wrote it, but for lines that are left out.
+ENDED = f"""2 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 127.0.0.1, ID: b67a) was \
+22.68GB used / 23.54GB limit (0.963516)
+OOM kill reason: Memory usage 24043479040B exceeded threshold of 24012677120B (95.0% of 25276502016B limit)
+Object store memory usage: [- objects spillable: 1
+Ray killed 2 worker(s) based on the killing policy
+Considered workers: [
+Selected to kill: (Actor({ENGINE}): job ID=01000000, task name=InferenceActor.__init__, required resources={{CPU: 1}}, \
+pid=1336, actual memory used=1.45GB, worker ID={FIRST})
+Selected to kill: (Actor({REFERENCE}): job ID=01000000, task name=ReferenceActor.__init__, required resources={{CPU: 1}}, \
+pid=556, actual memory used=2.62GB, worker ID={SECOND})
+(Actor({TRAINER}): job ID=01000000, task name=TrainerActor.__init__, required resources={{CPU: 1}}, pid=600, \
+actual memory used=7.77GB, worker ID=6926)
+]
+"""
+FULL = "Ray ended it, since its machine's memory was almost full (22.68 of 23.54 GiB; docs/memory.md says what to lower)"
+
+
+@pytest.fixture
+def actors(monkeypatch, workers) -> dict[str, SimpleNamespace]:
+    """An engine and a reference that Ray ended for memory, and a trainer that just died; each is there again."""
+    for worker in (FIRST, SECOND):
+        address = Address(worker_id=bytes.fromhex(worker))
+        workers.append(WorkerTableData(worker_address=address, exit_type=NODE_OUT_OF_MEMORY, exit_detail=ENDED))
+    address = Address(worker_id=bytes.fromhex("6926"))
+    workers.append(WorkerTableData(worker_address=address, exit_type=SYSTEM_ERROR, exit_detail=ENDED))
+    monkeypatch.setattr(ray._private.state, "actors", lambda actor: {"NumRestarts": 1, "State": "ALIVE"})
+    monkeypatch.setattr(Watch, "run", lambda watch: None)
+    monkeypatch.setattr(supervision, "ask", lambda actor: actor)
+    ids = {"the inference actor": ENGINE, "the reference actor": REFERENCE, "the training actor": TRAINER}
+    return {name: SimpleNamespace(_actor_id=bytes.fromhex(its)) for name, its in ids.items()}
+
+
+def test_one_that_ray_ended_for_memory_is_said_to_be_once_and_of_no_other(actors, capsys, monkeypatch):
+    supervisor = Supervisor(RayConfig())
+    supervisor.watched = actors
+    for name in actors:
+        supervisor.tell(name, f"{name} died while starting: {GONE}" if name == "the reference actor" else f"{name} died")
+    monkeypatch.setattr(ray._private.state, "actors", lambda actor: {"NumRestarts": 2, "State": "ALIVE"})
+    supervisor.tell("the inference actor", "the inference actor died while starting")  # of something else
+    engine, reference, trainer, again = capsys.readouterr().err.splitlines()
+    assert engine == f"Warning: the inference actor died: {FULL}; it is started again (restart 1 of at most 3)"
+    assert (
+        reference
+        == f"Warning: the reference actor died while starting: {FULL}; it is started again (restart 1 of at most 3)"
+    )
+    assert trainer == "Warning: the training actor died; it is started again (restart 1 of at most 3)"
+    assert again == "Warning: the inference actor died while starting; it is started again (restart 2 of at most 3)"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("the inference actor", FULL), ("the training actor", GONE), ("the driver", GONE)]
+)
+def test_an_error_without_a_cause_has_it_where_ray_ended_the_actor_for_memory(actors, name, reason):
+    supervisor = Supervisor(RayConfig())
+    with pytest.raises(ActorError) as raised, supervisor.watching():
+        supervisor.watch(actors)
+        raise ActorError(f"{name} died while starting: {GONE}", name, died=True)
+    assert str(raised.value) == f"{name} died while starting: {reason}"
+    assert (raised.value.actor, raised.value.died) == (name, True)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"), [(GONE, f"being started again: {FULL}"), ("Connection error", "sampling: Connection error")]
+)
+def test_of_one_that_does_not_come_back_the_death_that_has_a_cause_is_said(monkeypatch, error, expected):
+    def wait(actor, name, timeout_s):
+        raise ActorError(f"{name} died while being started again: {FULL}", name, ("its words",), died=True)
+
+    monkeypatch.setattr(supervision, "wait_until_back", wait)
+    error = ActorError(f"inference actor 1 died while sampling: {error}", "inference actor 1", died=True)
+    with pytest.raises(ActorError) as raised:
+        Supervisor(RayConfig()).bring_back("inference actor 1", None, error, lambda: None)
+    assert str(raised.value) == f"inference actor 1 died while {expected}"
+    assert raised.value.log == ("its words",)
 
 
 def test_an_error_that_no_actor_is_to_blame_for_ends_the_run():
