@@ -121,6 +121,7 @@ def test_long_work_is_no_silence_and_a_stopped_process_is_killed_and_started_aga
     assert supervisor.counts == {"SleepingLoop": 1, "Sleeping": 1}
 
 
+@pytest.mark.slow  # what else runs on the machine must keep its memory meanwhile
 @pytest.mark.skipif(psutil.virtual_memory().available < 6 << 30, reason="less than 6 GiB of memory are free")
 def test_an_actor_that_ray_ends_for_memory_is_said_to_be_and_no_other(monkeypatch, capsys):
     """Ray takes the machine's memory for full at 3 GiB more than there are in use."""
