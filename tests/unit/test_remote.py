@@ -115,7 +115,9 @@ def test_an_actor_that_ray_itself_ended_has_died_and_is_not_waited_for(error, re
     assert str(raised.value) == f"inference actor 1 died while sampling: {reason}"
     assert (raised.value.actor, raised.value.died, raised.value.log) == ("inference actor 1", True, ())
     monkeypatch.setattr(remote, "ask", lambda actor: Call(error))
-    with pytest.raises(ActorError, match=f"again: {re.escape(reason)}$") as raised:
+    with pytest.raises(
+        ActorError, match=f"^inference actor 1 died while being started again: {re.escape(reason)}$"
+    ) as raised:
         wait_until_back(None, "inference actor 1", 60.0)
     assert raised.value.died
 
