@@ -3,13 +3,18 @@
     python -m tests.integration.announced [OVERRIDES]
 
 Nothing else is changed: the parts are the real ones. Each line is a phase: generate, reference, train, push, evaluate, save
-(the ranks' part of a checkpoint) or complete (the rest of it, beside training).
+(the ranks' part of a checkpoint) or complete (the rest of it, beside training). In the phase that HELD names it waits until
+its stdin is closed.
 """
 
 import functools
+import os
+import sys
 
 import grpo_sync
 from grpo.launch import launch
+
+HELD = "GRPO_TEST_HELD"
 
 
 def announce(cls: type, method: str, phase: str) -> None:
@@ -18,6 +23,8 @@ def announce(cls: type, method: str, phase: str) -> None:
     @functools.wraps(original)
     def announcing(*arguments, **keywords):
         print(phase, flush=True)
+        if phase == os.environ.get(HELD):
+            sys.stdin.read()
         return original(*arguments, **keywords)
 
     setattr(cls, method, announcing)

@@ -15,6 +15,7 @@ import pytest
 
 from grpo.checkpoint import newest
 
+from .announced import HELD
 from .conftest import SMALL, Finished, same_weights, vllm_on_cpu
 
 ROOT = Path(__file__).parents[2]
@@ -29,8 +30,8 @@ PREEMPTED = 75
 class Process:
     """grpo_sync as a user starts it, announcing its phases."""
 
-    def __init__(self, run_dir: Path, *overrides: str, errors: Path | None = None) -> None:
-        """Its stderr goes to `errors`: by default a file next to the run directory."""
+    def __init__(self, run_dir: Path, *overrides: str, errors: Path | None = None, held: str = "") -> None:
+        """Its stderr goes to `errors`, by default next to the run directory. `held`: the phase that it waits in for end()"""
         first = not (run_dir / "config.yaml").is_file()
         if first:
             arguments = ["--config-name", "grpo_arithmetic", *SMALL, *STEPS, f"hydra.run.dir={run_dir}", *overrides]
@@ -40,6 +41,8 @@ class Process:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.integration.announced", *arguments],
             cwd=ROOT,
+            env=os.environ | {HELD: held},
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
             text=True,
@@ -59,6 +62,7 @@ class Process:
 
     def end(self) -> int:
         """Wait for its end; returns its exit code."""
+        self.process.stdin.close()
         self.process.stdout.read()
         code = self.process.wait(300)
         self.errors.close()

@@ -154,9 +154,8 @@ def test_two_runs_do_not_disturb_each_other_and_clean_up_behind_a_killed_one(run
     killed.end()
     assert engine.is_running()
     for name in ("first", "second"):
-        runs[name] = Process(tmp_path / name / "run", *one_collection)
+        runs[name] = Process(tmp_path / name / "run", *one_collection, held="evaluate")
     for name, run in runs.items():
-        # Long before their ends: the other one may be slower.
         assert run.wait_for("evaluate", 1), (tmp_path / name / "stderr").read_text()
         addresses = listening(psutil.Process(run.process.pid))
         assert addresses and all(map(is_loopback, addresses))
