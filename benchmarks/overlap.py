@@ -1,13 +1,14 @@
 """What does sampling while training gain? The same samples, synchronous and asynchronous, each role on a core of its own.
 
     python -m benchmarks.overlap                # writes benchmarks/results/overlap.json
-    python -m benchmarks.overlap --in-flight 3 --name overlap_long       # generation about three times as long as training
+    python -m benchmarks.overlap --in-flight 2 --name overlap_long       # generation about three times as long as training
 
-The random 50M-parameter model. The engine's process is bound to one core and the trainer's to another, as if they were
-devices of their own, and each computes with one thread; driver, collector and buffer use either. Then the asynchronous run
-can at best take as long as the longer of its two sides. A third run, synchronous and free to use both cores in both phases,
-says what the binding costs; raw vLLM on the engine's core, with the asynchronous run's requests, how much of the time its
-engine could have idled. Rewards are hashes, so every group has an advantage.
+A model of 6M random parameters: its weights stay in the cache, where an engine that reads 200 MB a token would slow the
+trainer down by the memory bus that they share and separate devices do not. The engine's process is bound to one core and the
+trainer's to another, as if they were such devices, and each computes with one thread; driver, collector and buffer use
+either. Then the asynchronous run can at best take as long as the longer of its two sides. A third run, synchronous and free
+to use both cores in both phases, says what the binding costs; raw vLLM on the engine's core, with the asynchronous run's
+requests, how much of the time its engine could have idled. Rewards are hashes, so every group has an advantage.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import ray
 from benchmarks.bare import Part, serve_generation
 from benchmarks.report import save, table
 from benchmarks.step import actor_state
-from benchmarks.subjects import configuration
+from benchmarks.subjects import configuration, random_model
 from grpo.config import RunConfig
 from grpo.plan import Plan, make_plan
 
@@ -94,6 +95,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="configuration keys, key=value")
     arguments = parser.parse_args()
     overrides = [
+        f"model.name={random_model('random6m', hidden=256, layers=6, words=6144)}",
         "train.kl_to_ref_coeff=0",
         "env.test_size=8",
         "env.validation_size=8",
