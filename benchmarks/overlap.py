@@ -1,7 +1,7 @@
 """What does sampling while training gain? The same samples, synchronous and asynchronous, each role on a core of its own.
 
     python -m benchmarks.overlap                # writes benchmarks/results/overlap.json
-    python -m benchmarks.overlap --in-flight 2 --name overlap_long       # generation about three times as long as training
+    python -m benchmarks.overlap --in-flight 3 --name overlap_long       # generation about three times as long as training
 
 A model of 6M random parameters: its weights stay in the cache, where an engine that reads 200 MB a token would slow the
 trainer down by the memory bus that they share and separate devices do not. The engine's process is bound to one core and the
