@@ -1,14 +1,15 @@
 """What does sampling while training gain? The same samples, synchronous and asynchronous, each role on a core of its own.
 
     python -m benchmarks.overlap                # writes benchmarks/results/overlap.json
-    python -m benchmarks.overlap --in-flight 3 --name overlap_long       # generation about three times as long as training
+    python -m benchmarks.overlap --in-flight 2 --name overlap_long       # generation about three times as long as training
 
-A model of 6M random parameters: its weights stay in the cache, where an engine that reads 200 MB a token would slow the
-trainer down by the memory bus that they share and separate devices do not. The engine's process is bound to one core and the
-trainer's to another, as if they were such devices, and each computes with one thread; driver, collector and buffer use
-either. Then the asynchronous run can at best take as long as the longer of its two sides. A third run, synchronous and free
-to use both cores in both phases, says what the binding costs; raw vLLM on the engine's core, with the asynchronous run's
-requests, how much of the time its engine could have idled. Rewards are hashes, so every group has an advantage.
+A model of 6M random parameters, trained on in small micro-batches: both sides stay in their caches, where an engine that
+reads 200 MB a token and a trainer with as many activations would meet on a memory bus that separate devices do not share.
+The engine's process is bound to one core and the trainer's to another, as if they were such devices, and each computes with
+one thread; driver, collector and buffer use either. Then the asynchronous run can at best take as long as the longer of its
+two sides. A third run, synchronous and free to use both cores in both phases, says what the binding costs; raw vLLM on the
+engine's core, with the asynchronous run's requests, how much of the time its engine could have idled. Rewards are hashes, so
+every group has an advantage.
 """
 
 import argparse
@@ -104,7 +105,7 @@ def main() -> None:
         f"env.repeats={arguments.in_flight}",
         f"train.dialog_turns_per_batch={RESPONSES}",
         f"train.optim_batch_size={RESPONSES}",
-        "train.gradient_accumulation_steps=2",
+        "train.gradient_accumulation_steps=8",
         f"train.total_dialog_turns={arguments.steps * RESPONSES}",
         *arguments.overrides,
     ]
