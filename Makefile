@@ -54,7 +54,7 @@ docs: setup    ## docs/configuration.md and the tables of docs/memory.md, made f
 
 bench: setup .venv-peers/installed ## the figures of README.md, written to benchmarks/results
 	$(BIN)/python -m benchmarks.step --model builtin
-	$(BIN)/python -m benchmarks.step --model random50m
+	$(BIN)/python -m benchmarks.step --model random50m --warm-up 1 --repeats 1 train.gradient_accumulation_steps=32
 	$(BIN)/python -m benchmarks.peers --model builtin
 	$(BIN)/python -m benchmarks.peers --model random50m
 	$(BIN)/python -m benchmarks.scaling
